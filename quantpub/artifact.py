@@ -1,0 +1,130 @@
+"""The artifact directory is the state: the checkpoint an engine loads, and beside it `.quantpub/`, what is known of it.
+
+    DIR/                       config.json, *.safetensors, index, tokenizer files: what `vllm serve DIR` reads
+    DIR/README.md              the model card, rendered from evidence
+    DIR/.quantpub/run.json     source and commit, digests, versions, one record per finished stage
+    DIR/.quantpub/recipe.yaml  the recipe, resolved
+    DIR/.quantpub/plan.jsonl   one line per source tensor: what becomes of it
+    DIR/.quantpub/journal.jsonl   one line per finished shard, with its sha256
+    DIR/.quantpub/{verify,profile,eval}.json, plots/   evidence; every number on the card comes from here
+    DIR/.quantpub/SHA256SUMS   every other file, `sha256  path` a line, sorted
+
+No file holds a time, a host name or a local path: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantpub.errors import InputError
+from quantpub.files import TEMPORARY, atomic_write, dump_json, sha256_file
+
+META = ".quantpub"
+SUMS = f"{META}/SHA256SUMS"
+
+
+class Artifact:
+    """A directory that `quantpub quantize` finished. Later stages read it and add evidence to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = path / META
+
+    @classmethod
+    def open(cls, path: Path | str) -> Artifact:
+        """Errors: InputError when the folder is missing, is no artifact, or was not finished."""
+        artifact = cls(Path(path))
+        if not artifact.path.is_dir():
+            raise InputError(
+                "no such folder", where=str(path), next="name the folder that `quantpub quantize -o` wrote"
+            )
+        if not (artifact.meta / "run.json").is_file():
+            raise InputError(
+                "not a quantpub artifact: it has no .quantpub/run.json",
+                where=str(path),
+                next="make one with `quantpub quantize MODEL -r RECIPE -o DIR`",
+            )
+        if "quantize" not in artifact.run()["stages"]:
+            raise InputError(
+                "quantizing was not finished here",
+                where=str(path),
+                next="run the same `quantpub quantize` command again: it resumes",
+            )
+        return artifact
+
+    def run(self) -> dict[str, Any]:
+        return self.read_json("run.json")
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        return config
+
+    def has(self, name: str) -> bool:
+        """Whether the evidence file `.quantpub/name` exists."""
+        return (self.meta / name).is_file()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The evidence file `.quantpub/name`. Errors: InputError when it is missing or damaged."""
+        path = self.meta / name
+        try:
+            value: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(
+                "the evidence file is missing", where=str(path), next="run the stage that makes it"
+            ) from None
+        except ValueError as error:
+            raise InputError(
+                f"not valid JSON: {error}", where=str(path), next="run the stage that makes it again"
+            ) from None
+        return value
+
+    def write(self, relative: str, data: bytes) -> None:
+        """Write one file of the artifact, whole or not at all. `seal` afterwards."""
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+
+    def write_evidence(self, name: str, value: dict[str, Any]) -> None:
+        """Write `.quantpub/name` and seal. The stage's own summary goes to `record`."""
+        self.write(f"{META}/{name}", dump_json(value))
+        self.seal()
+
+    def record(self, stage: str, value: dict[str, Any]) -> None:
+        """Put one stage's summary into run.json, and seal."""
+        run = self.run()
+        run["stages"] = dict(sorted({**run["stages"], stage: value}.items()))
+        self.write(f"{META}/run.json", dump_json(run))
+        self.seal()
+
+    def files(self) -> list[str]:
+        """Every file of the artifact as a relative posix path, sorted; SHA256SUMS and temporaries left out."""
+        found = (p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY))
+        return sorted(name for p in found if (name := p.relative_to(self.path).as_posix()) != SUMS)
+
+    def sums(self) -> dict[str, str]:
+        """path → sha256, as SHA256SUMS states it."""
+        path = self.path / SUMS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+    def seal(self) -> None:
+        """Write SHA256SUMS. Weights are taken from the journal, which hashed them as they were written."""
+        known = self.journal()
+        sums = {name: known[name] if name in known else sha256_file(self.path / name) for name in self.files()}
+        self.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+
+    def journal(self) -> dict[str, str]:
+        """shard → sha256 of every finished shard. A line cut off by a crash is not finished."""
+        path = self.meta / "journal.jsonl"
+        if not path.is_file():
+            return {}
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return {entry["shard"]: entry["sha256"] for entry in map(json.loads, whole)}
+
+    def damage(self) -> list[str]:
+        """Files that are missing or whose bytes differ from SHA256SUMS, and files that it does not list."""
+        sums, present = self.sums(), set(self.files())
+        changed = [name for name, digest in sums.items() if name in present and sha256_file(self.path / name) != digest]
+        return sorted([*changed, *(set(sums) - present), *(present - set(sums))])

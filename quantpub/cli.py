@@ -1,0 +1,360 @@
+"""The command line: one short function a command, one place where errors are rendered, one output object.
+
+stdout is data (`--json`: exactly one object), stderr is talk. Nothing here imports torch until a command needs it.
+Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input or failed gate, 4 auth, 5 conflict, 6 unavailable (run again), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from quantpub import __version__, env
+from quantpub.errors import INTERRUPTED, GateError, QuantpubError, UsageError, closest
+from quantpub.output import FORMATS, Output
+
+app = typer.Typer(
+    name="quantpub",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize a language model, prove it on the engine that will serve it, and publish it.",
+)
+out = Output()
+
+
+def _format(value: str) -> str:
+    if value not in FORMATS:
+        raise typer.BadParameter(f"{value!r}: {closest(value, FORMATS)}")
+    out.use(value)
+    return value
+
+
+def _json(value: bool) -> bool:
+    if value:
+        out.use("json")
+    return value
+
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a Hub id like owner/name.")]
+CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder that `quantpub quantize` wrote.")]
+RecipeOpt = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe's name (see `quantpub list recipes`) or YAML file.")
+]
+EngineOpt = Annotated[
+    Optional[list[str]], typer.Option("--engine", help="Write the layout this engine loads (repeatable).")
+]  # noqa: UP045
+LayoutOpt = Annotated[Optional[list[str]], typer.Option("--layout", help="Write this layout (repeatable).")]  # noqa: UP045
+RevisionOpt = Annotated[
+    Optional[str], typer.Option("--revision", help="Branch, tag or commit of a Hub id; its commit is recorded.")
+]  # noqa: UP045
+OutOpt = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="The artifact's folder; an interrupted run resumes there.")
+]
+BaselineOpt = Annotated[
+    str, typer.Option("--baseline", metavar="MODEL", help="The full-precision model: folder or Hub id.")
+]
+FormatOpt = Annotated[
+    str, typer.Option("--format", callback=_format, help="auto, human, json or quiet.", metavar="FORMAT")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", callback=_json, help="Print exactly one JSON object.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+def _plans(
+    model: str, recipe: str, engines: list[str] | None, layouts: list[str] | None, revision: str | None
+) -> list[Any]:
+    from quantpub.checkpoint import open_checkpoint
+    from quantpub.plan import make_plan
+    from quantpub.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    names = chosen.layouts(engines or [], layouts or [])
+    chosen.bound_algorithm()
+    with out.working("reading headers"):
+        checkpoint = open_checkpoint(model, revision)
+        return [make_plan(checkpoint, chosen, name) for name in names]
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    recipe: RecipeOpt,
+    engine: EngineOpt = None,
+    layout: LayoutOpt = None,
+    revision: RevisionOpt = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list what becomes of every tensor.")] = False,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """What every tensor becomes, bytes, bits per weight, memory, and what is refused: from headers alone."""
+    from quantpub.plan import require_runnable, summary
+    from quantpub.show import show_plan
+
+    plans = _plans(model, recipe, engine, layout, revision)
+    found = [summary(p) | ({"actions": [a.as_json() for a in p.actions]} if tensors else {}) for p in plans]
+    out.result(
+        {"plans": found}, lambda: [show_plan(out, facts) for facts in found], quiet=str(found[0]["output_bytes"])
+    )
+    for p in plans:
+        require_runnable(p)
+
+
+@app.command()
+def quantize(
+    model: ModelArg,
+    recipe: RecipeOpt,
+    output: OutOpt,
+    engine: EngineOpt = None,
+    layout: LayoutOpt = None,
+    revision: RevisionOpt = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Quantize MODEL into DIR, shard by shard. Run the same command again after an interruption: it resumes."""
+    from quantpub.quantize import quantize as run
+    from quantpub.quantize import require_device
+    from quantpub.show import show_quantized
+
+    require_device(device)
+    plans = _plans(model, recipe, engine, layout, revision)
+    with out.bar("quantizing", sum(action.part.info.nbytes for action in plans[0].actions)) as advance:
+        reports = run(plans, output, device, advance)
+    out.result(
+        reports[0] if len(reports) == 1 else {"artifacts": reports},
+        lambda: [show_quantized(out, report) for report in reports],
+        quiet=str(output),
+    )
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointArg,
+    source: Annotated[Optional[str], typer.Option(help="The model it was made from: folder or Hub id.")] = None,  # noqa: UP045
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Check the artifact: bytes, names, shapes, config, and every tensor dequantized and compared with the source."""
+    from quantpub.artifact import Artifact
+    from quantpub.show import show_checks
+    from quantpub.verify.run import failures
+    from quantpub.verify.run import verify as run
+
+    artifact = Artifact.open(checkpoint)
+    with out.bar("verifying", 0) as advance:
+        evidence = run(artifact, source, advance)
+    out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"])
+    if failed := failures(evidence):
+        raise GateError(failed, where=str(checkpoint), next="do not publish it; quantize again")
+
+
+@app.command()
+def profile(
+    checkpoint: CheckpointArg,
+    m: Annotated[Optional[str], typer.Option("--m", help="Rows of activations to time, like 1,16,256.")] = None,  # noqa: UP045
+    kernels: Annotated[
+        Optional[str], typer.Option("--kernels", help="Only these kernels, separated by commas.")
+    ] = None,  # noqa: UP045
+    budget_seconds: Annotated[float, typer.Option(help="Stop timing after so long.")] = 10.0,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Time the artifact's own tensors on the kernels of this machine, against bf16. Wrong results are errors, not times."""
+    from quantpub.artifact import Artifact
+    from quantpub.profile import profile as run
+    from quantpub.show import show_profile
+
+    artifact = Artifact.open(checkpoint)
+    with out.bar("profiling", 0) as advance:
+        evidence = run(
+            artifact,
+            m=_integers("--m", m),
+            kernels=kernels.split(",") if kernels else None,
+            budget_seconds=budget_seconds,
+            progress=_counted(advance),
+        )
+    out.result(evidence, lambda: show_profile(out, evidence), quiet=evidence["verdict"]["gate"])
+    if evidence["verdict"]["gate"] == "failed":
+        raise GateError(evidence["verdict"]["reason"], where=str(checkpoint))
+
+
+@app.command()
+def eval(
+    checkpoint: CheckpointArg,
+    baseline: BaselineOpt,
+    data: Annotated[Path, typer.Option(help='Text to measure on: .jsonl with "text", or .txt.')],
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 64,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Perplexity, KL divergence to the base and top-1 agreement on a text, in float32."""
+    from quantpub.artifact import Artifact
+    from quantpub.evaluate import check_gate, evaluate
+    from quantpub.show import show_eval
+
+    artifact = Artifact.open(checkpoint)
+    with out.bar("evaluating", 0) as advance:
+        evidence = evaluate(artifact, baseline, data, windows=windows, window=window, progress=_counted(advance))
+    out.result(evidence, lambda: show_eval(out, evidence), quiet=str(evidence.get("kl")))
+    if reason := check_gate(evidence):
+        raise GateError(reason, where=str(checkpoint), next="choose a recipe with more bits, or calibration")
+
+
+@app.command()
+def card(
+    checkpoint: CheckpointArg,
+    repo_id: Annotated[Optional[str], typer.Option("--repo-id", help="The Hub id the card speaks of.")] = None,  # noqa: UP045
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether README.md is what the evidence renders.")
+    ] = False,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Render the model card (README.md) from the evidence files, and from nothing else."""
+    from quantpub.artifact import Artifact
+    from quantpub.card import card as render
+    from quantpub.card import check as differences
+
+    artifact = Artifact.open(checkpoint)
+    if check:
+        reasons = differences(artifact)
+        out.result(
+            {"card": "README.md", "differences": reasons},
+            lambda: out.line("README.md says what the evidence says") if not reasons else None,
+            quiet="",
+        )
+        if reasons:
+            raise GateError(reasons[0], where=str(checkpoint / "README.md"), next="run `quantpub card` again")
+        return
+    report = render(artifact, repo_id)
+    out.result(report, lambda: out.line(f"wrote {checkpoint / 'README.md'}"), quiet=str(checkpoint / "README.md"))
+
+
+@app.command()
+def publish(
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to, like owner/name.")],
+    checkpoint: CheckpointArg,
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    tag: Annotated[Optional[str], typer.Option(help="Tag the commit.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Publish to a Hub on this machine, read back, compare.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Publish the artifact as one commit, then read back what the Hub holds."""
+    from quantpub import publish as stage
+    from quantpub.artifact import Artifact
+    from quantpub.show import show_published
+
+    artifact = Artifact.open(checkpoint)
+    if not (dry_run or rehearse or yes) and not out.confirm(f"publish {checkpoint} to {repo_id}?"):
+        raise UsageError("not confirmed", next="add --yes, or try --rehearse first")
+    with out.working("rehearsing" if rehearse else "publishing"):
+        result = (
+            stage.rehearse(artifact, repo_id)
+            if rehearse
+            else stage.publish(artifact, repo_id, endpoint=None, token=None, private=private, tag=tag, dry_run=dry_run)
+        )
+    report = result.as_json()
+    out.result(report, lambda: show_published(out, report, rehearse), quiet=str(report.get("commit")))
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, schemes, algorithms, layouts, kernels or engines")],
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """What quantpub knows, by name."""
+    from quantpub.listing import LISTS
+
+    if what not in LISTS:
+        raise UsageError(f"cannot list {what!r}", next=closest(what, LISTS))
+    rows = LISTS[what]()
+    width = max(map(len, rows), default=0)
+    out.result(
+        {what: rows},
+        lambda: [out.line(f"{name:<{width}}  {summary}") for name, summary in rows.items()],
+        quiet="\n".join(rows),
+    )
+
+
+@app.command()
+def demo(
+    output: OutOpt = Path("demo-out"), recipe: RecipeOpt = "w4a16", format: FormatOpt = "auto", json: JsonOpt = False
+) -> None:
+    """Every stage on the bundled 2M model: quantize, verify, profile, evaluate, render the card, rehearse the publish."""
+    from quantpub.demo import demo as run
+
+    report = run(output, recipe, out)
+    out.result(
+        report,
+        lambda: [out.line(f"{name:<10} {report[name]}") for name in ("artifact", "card", "plots")],
+        quiet=str(output),
+    )
+
+
+def _integers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"{option} takes whole numbers from 1, separated by commas, not {text!r}")
+    return values
+
+
+def _counted(advance: Any) -> Any:
+    """A progress callback of the form (done, total) for a bar that counts up."""
+    return lambda done, total: advance(done, total)
+
+
+def main() -> None:
+    """The console script: run, and turn every error into one line and its exit code."""
+    try:
+        app()
+    except QuantpubError as error:
+        _fail(str(error), error.as_json(), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted; run the same command again to resume",
+            {"code": "interrupted", "exit": INTERRUPTED},
+            INTERRUPTED,
+        )
+    except Exception as error:
+        what = f"this is a bug in quantpub: {type(error).__name__}: {error}"
+        _fail(
+            f"{what} | please report it with the output of QUANTPUB_DEBUG=1",
+            {"code": "bug", "exit": 1, "what": what},
+            1,
+        )
+
+
+def _fail(line: str, error: dict[str, object], code: int) -> None:
+    if env.debug():
+        traceback.print_exc()
+    out.error(line, error)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What `quantpub list` shows: registries and data, read without importing what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from quantpub.registry import Entry
+from quantpub.scheme import SUMMARIES
+from quantpub.targets import TARGETS
+
+
+def _summaries(registry: Mapping[str, Entry]) -> dict[str, str]:
+    return {name: entry.summary for name, entry in registry.items()}
+
+
+def _recipes() -> dict[str, str]:
+    import yaml
+
+    from quantpub.recipe_files import recipe_files
+
+    return {
+        name: str((yaml.safe_load(path.read_text()) or {}).get("description", ""))
+        for name, path in recipe_files().items()
+    }
+
+
+def _engines() -> dict[str, str]:
+    return {
+        name: f"{target.summary}: {', '.join(f'{layout} ({loads.versions})' for layout, loads in target.loads.items())}"
+        for name, target in TARGETS.items()
+    }
+
+
+def _algorithms() -> dict[str, str]:
+    from quantpub.algorithms import ALGORITHMS
+
+    return _summaries(ALGORITHMS)
+
+
+def _layouts() -> dict[str, str]:
+    from quantpub.layouts import LAYOUTS
+
+    return _summaries(LAYOUTS)
+
+
+def _kernels() -> dict[str, str]:
+    from quantpub.kernels import KERNELS
+
+    return _summaries(KERNELS)
+
+
+LISTS: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": _recipes,
+    "schemes": lambda: dict(SUMMARIES),
+    "algorithms": _algorithms,
+    "layouts": _layouts,
+    "kernels": _kernels,
+    "engines": _engines,
+}

@@ -1,0 +1,162 @@
+"""Quantizing, shard by shard: the page that everyone reads.
+
+Three stages overlap, each a bounded number of bytes ahead of the next: a thread reads tensors in file order, a thread
+computes each once and packs it once per layout, and the caller writes the results to their places and commits the shard.
+A source shard becomes one output shard of the same name in every destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantpub.checkpoint import ShardReader
+from quantpub.destination import Destination
+from quantpub.errors import InputError, QuantpubError, UsageError
+from quantpub.plan import COPY, Action, Plan, require_runnable
+from quantpub.shards import raw_bytes
+from quantpub.stages import background
+
+AHEAD = 32 << 20  # bytes that a stage may be ahead of the next
+Progress = Callable[[int], None]  # called with the number of source bytes finished
+
+
+@dataclass(frozen=True)
+class Piece:
+    """On its way: a whole tensor to quantize, a piece of one to copy, or (action None) the end of a shard.
+
+    outputs: for every destination, the bytes made of it, tensor by tensor, from `offset` on.
+    """
+
+    shard: str
+    action: Action | None
+    data: torch.Tensor | None = None
+    offset: int = 0
+    source_sha256: str = ""
+    outputs: tuple[tuple[Destination, dict[str, memoryview]], ...] = ()
+    source_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        made = sum(view.nbytes for _, tensors in self.outputs for view in tensors.values())
+        return made + (0 if self.data is None else self.data.nbytes)
+
+
+def quantize(
+    plans: Sequence[Plan], out: Path, device: str = "cpu", progress: Progress = lambda _: None
+) -> list[dict[str, Any]]:
+    """Write the artifacts of `plans` (one recipe and source, one layout each), or finish those begun there.
+
+    One plan goes into `out` itself, several into `out/<layout>`. Returns a report for each.
+    Errors: InputError (source), ConflictError (a folder holds something else), UnavailableError (disk; rerun resumes).
+    """
+    for plan in plans:
+        require_runnable(plan)
+    destinations = [Destination(plan, out if len(plans) == 1 else out / plan.layout.name) for plan in plans]
+    todo = [destination for destination in destinations if not destination.complete]
+    try:
+        for destination in todo:
+            destination.begin()
+        if todo:
+            _run(todo, device, progress)
+    except InputError:
+        for destination in todo:
+            destination.remove()
+        raise
+    except QuantpubError:
+        for destination in todo:
+            destination.undo_if_empty()
+        raise
+    return [destination.report(changed=destination in todo) for destination in destinations]
+
+
+def _run(todo: Sequence[Destination], device: str, progress: Progress) -> None:
+    """The straight line: read → compute → write, then everything that is not weights."""
+    read = background(_read(todo), lambda piece: piece.nbytes, AHEAD)
+    made = background(_compute(todo, read, device), lambda piece: piece.nbytes, AHEAD)
+    with contextlib.closing(made), contextlib.closing(read):
+        _write(todo, made, progress)
+    for destination in todo:
+        destination.end(device)
+
+
+def _read(todo: Sequence[Destination]) -> Iterator[Piece]:
+    plan = todo[0].plan
+    for shard in [shard for shard in plan.shards if any(destination.needs(shard) for destination in todo)]:
+        reader = ShardReader(plan.checkpoint.source.path(shard))
+        for action in plan.shards[shard]:
+            if action.kind == COPY:
+                for offset, data in reader.pieces(action.part):
+                    yield Piece(shard, action, data, offset)
+            else:
+                yield Piece(shard, action, reader.tensor(action.part))
+        yield Piece(shard, None, source_sha256=reader.finish())
+
+
+def _compute(todo: Sequence[Destination], pieces: Iterable[Piece], device: str) -> Iterator[Piece]:
+    plan = todo[0].plan
+    algorithm, params = plan.recipe.bound_algorithm()
+    with torch.inference_mode():
+        for piece in pieces:
+            if piece.action is None or piece.data is None:
+                yield piece
+                continue
+            _require_finite(plan, piece.shard, piece.action, piece.data)
+            needing = [destination for destination in todo if destination.needs(piece.shard)]
+            if piece.action.kind == COPY:
+                copied = {piece.action.part.name: raw_bytes(piece.data)}
+                outputs = tuple((destination, copied) for destination in needing)
+            else:
+                q = algorithm.quantize(piece.data.to(device), None, plan.scheme, params)  # once; packed once per layout
+                outputs = tuple((destination, _packed(destination, piece.action.module, q)) for destination in needing)
+            yield Piece(piece.shard, piece.action, None, piece.offset, outputs=outputs, source_bytes=piece.data.nbytes)
+
+
+def _packed(destination: Destination, module: str, q: Any) -> dict[str, memoryview]:
+    return {f"{module}.{suffix}": raw_bytes(tensor) for suffix, tensor in destination.plan.layout.pack(q).items()}
+
+
+_INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+
+def _require_finite(plan: Plan, shard: str, action: Action, data: torch.Tensor) -> None:
+    """A NaN or infinity has all exponent bits set: seen on the raw bits, in one pass. Errors: InputError."""
+    exponent = _EXPONENT.get(action.part.info.dtype)
+    if exponent is None or not data.numel():
+        return
+    bits = data.view(-1).view(torch.uint8).view(_INTEGERS[action.part.info.dtype])
+    if int((bits & exponent).amax()) == exponent:
+        raise InputError(
+            "holds NaN or infinite values",
+            where=f"{plan.checkpoint.source.where(shard)}, {action.part.source}",
+            next="the source model is damaged or diverged: take another revision of it",
+        )
+
+
+def _write(todo: Sequence[Destination], pieces: Iterable[Piece], progress: Progress) -> None:
+    try:
+        for piece in pieces:
+            if piece.action is None:
+                for destination in todo:
+                    if destination.needs(piece.shard):
+                        destination.commit(piece.shard, piece.source_sha256)
+            for destination, outputs in piece.outputs:
+                destination.add(piece.shard, outputs, piece.offset)
+            progress(piece.source_bytes)
+    finally:
+        for destination in todo:
+            destination.abandon()
+
+
+def require_device(device: str) -> None:
+    """Errors: UsageError when torch does not know the device or this machine has none."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}", next="use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("this machine has no CUDA device that torch can use", next="leave --device out")

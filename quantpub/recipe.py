@@ -1,0 +1,145 @@
+"""Recipes: one YAML file says scheme, algorithm, what stays in high precision, each engine's layout, and the gate.
+
+`./recipes/NAME.yaml` of the user's own folder is looked up first, then the recipes that come with quantpub. A path to a
+YAML file works too. Unknown keys are errors: a misspelt knob must not be a default in disguise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantpub.algorithms import ALGORITHMS
+from quantpub.errors import InputError, QuantpubError, UsageError, closest
+from quantpub.files import sha256_json
+from quantpub.layouts import LAYOUTS
+from quantpub.recipe_files import recipe_files
+from quantpub.registry import load
+from quantpub.scheme import Scheme, preset
+from quantpub.targets import TARGETS
+
+
+class Gate(BaseModel):
+    """What an artifact must show before it is published."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    workload: str | None = None
+    min_speedup: float | None = None
+    max_kl: float | None = Field(default=None, description="nats per token to the base model")
+
+
+class Recipe(BaseModel):
+    """A recipe file. `algorithm` holds the algorithm's name and its parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    description: str
+    scheme: str
+    group_size: int | None = None
+    algorithm: dict[str, Any]
+    ignore: tuple[str, ...] = ()
+    engines: dict[str, str]
+    gate: Gate = Gate()
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        preset(value)
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if entry.startswith("re:"):
+                re.compile(entry[3:])
+        return value
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Recipe:
+        if self.algorithm.get("name") not in ALGORITHMS:
+            raise ValueError(
+                f"unknown algorithm {self.algorithm.get('name')!r}: {closest(str(self.algorithm.get('name')), ALGORITHMS)}"
+            )
+        for engine, layout in self.engines.items():
+            if engine not in TARGETS:
+                raise ValueError(f"unknown engine {engine!r}: {closest(engine, TARGETS)}")
+            if layout not in LAYOUTS:
+                raise ValueError(f"unknown layout {layout!r}: {closest(layout, LAYOUTS)}")
+            if layout not in TARGETS[engine].loads:
+                raise ValueError(f"{engine} does not load {layout}; it loads {', '.join(TARGETS[engine].loads)}")
+        return self
+
+    def resolved_scheme(self) -> Scheme:
+        return preset(self.scheme, self.group_size)
+
+    def bound_algorithm(self) -> tuple[Any, Any]:
+        """(the Algorithm, its params). Imports torch. Errors: InputError when a parameter is unknown or does not fit."""
+        algorithm = load(ALGORITHMS, "algorithm", self.algorithm["name"])
+        given = {key: value for key, value in self.algorithm.items() if key != "name"}
+        known = {field.name for field in dataclasses.fields(algorithm.params)}
+        for key in given:
+            if key not in known:
+                raise InputError(
+                    f"algorithm {algorithm.name} has no parameter {key!r}",
+                    where=f"recipe {self.name}",
+                    next=closest(key, known) if known else "it has none",
+                )
+        if reason := algorithm.reject(self.resolved_scheme()):
+            raise InputError(reason, where=f"recipe {self.name}", next="choose another algorithm or scheme")
+        return algorithm, algorithm.params(**given)
+
+    def layouts(self, engines: list[str], layouts: list[str]) -> list[str]:
+        """The layouts to write, each once: those asked for by name, and those of the engines (all of them by default)."""
+        for engine in engines:
+            if engine not in self.engines:
+                raise UsageError(
+                    f"recipe {self.name} has no layout for engine {engine!r}", next=closest(engine, self.engines)
+                )
+        for layout in layouts:
+            if layout not in LAYOUTS:
+                raise UsageError(f"unknown layout {layout!r}", next=closest(layout, LAYOUTS))
+        chosen = [*layouts, *(self.engines[engine] for engine in engines)]
+        return list(dict.fromkeys(chosen or self.engines.values()))
+
+    def digest(self) -> str:
+        return sha256_json(self.model_dump(mode="json"))
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`, or in the YAML file `name`. Errors: UsageError (unknown), InputError (not valid)."""
+    known = recipe_files()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        raise UsageError(f"unknown recipe {name!r}", where=None, next=closest(name, known))
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise InputError("a recipe is a mapping of keys to values", where=str(path))
+        return Recipe(**{"name": path.stem, **content})
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML: {error!s:.120}", where=str(path)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "recipe"
+        raise InputError(
+            f"{key}: {first['msg'].removeprefix('Value error, ')}", where=str(path), next=_advice(key)
+        ) from None
+    except QuantpubError as error:
+        raise InputError(error.what, where=str(path), next=error.next) from None
+
+
+def _advice(key: str) -> str:
+    return (
+        "remove the key, or see the recipes that come with quantpub"
+        if key not in Recipe.model_fields
+        else "mend this line"
+    )

@@ -1,0 +1,92 @@
+"""Results as people read them: short lines and tables on stdout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantpub.output import Output
+
+
+def size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def name_of(source: dict[str, Any]) -> str:
+    return f"{source['repo']}@{source['commit'][:7]}" if source["kind"] == "hub" else str(source["name"])
+
+
+def show_plan(out: Output, facts: dict[str, Any]) -> None:
+    out.line(f"{name_of(facts['model'])} → {facts['recipe']} ({facts['scheme']}) as {facts['layout']}")
+    copied = ", ".join(f"{count} {role}" for role, count in facts["copied"].items())
+    out.line(f"  tensors          {facts['quantized']} quantized, copied: {copied or 'none'}; {facts['shards']} shards")
+    out.line(
+        f"  size             {size(facts['source_bytes'])} → {size(facts['output_bytes'])} ({facts['output_bytes']} bytes)"
+    )
+    out.line(
+        f"  bits per weight  {facts['bits_per_quantized_weight']} where quantized, {facts['bits_per_weight']} over all parameters"
+    )
+    out.line(f"  peak memory      about {size(facts['peak_memory_bytes'])}")
+    for degree, verdict in facts["tensor_parallel"].items():
+        out.line(f"  tensor parallel  {degree}: {verdict}")
+    if facts["left_behind"]:
+        out.line(f"  left behind      {', '.join(facts['left_behind'])}")
+    for tensor, reason in facts["rejected"].items():
+        out.line(f"  rejected         {tensor}: {reason}")
+    if "actions" in facts:
+        rows = [
+            [
+                a["as"],
+                a["dtype"],
+                "×".join(map(str, a["shape"])),
+                a["action"],
+                a["reason"] or ", ".join(f"{n.rpartition('.')[2]} {d}" for n, (d, _) in a["outputs"].items()),
+            ]
+            for a in facts["actions"]
+        ]
+        out.table("", ["tensor", "dtype", "shape", "action", "becomes, or why not"], rows)
+
+
+def show_quantized(out: Output, report: dict[str, Any]) -> None:
+    if not report["changed"]:
+        out.line(f"nothing to do: {report['artifact']} is finished, and every shard has its sha256")
+        return
+    resumed = (
+        f", {report['shards_resumed']} of {report['shards']} shards kept from an earlier run"
+        if report["shards_resumed"]
+        else ""
+    )
+    out.line(
+        f"wrote {report['artifact']}: {report['quantized']} of {report['tensors']} tensors quantized, "
+        f"{size(report['source_bytes'])} → {size(report['output_bytes'])}, {report['bits_per_weight']} bits a parameter{resumed}"
+    )
+
+
+def show_checks(out: Output, evidence: dict[str, Any]) -> None:
+    for check in evidence["checks"]:
+        out.line(f"  {check['status']:<8} {check['id']:<10}  {check['detail']}")
+    out.line(f"verdict: {evidence['verdict']}")
+
+
+def show_profile(out: Output, evidence: dict[str, Any]) -> None:
+    from quantpub.profile import table
+
+    title, columns, rows = table(evidence)
+    out.table(title, columns, rows)
+    for kernel in evidence["kernels"]:
+        if kernel["unavailable"]:
+            out.line(f"  {kernel['name']}: not measured, {kernel['unavailable']}")
+    out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
+
+
+def show_published(out: Output, report: dict[str, Any], rehearsed: bool) -> None:
+    where = "a Hub on this machine" if rehearsed else "the Hub"
+    changed = "one commit" if report.get("changed") else "nothing changed"
+    out.line(
+        f"{report.get('repo')}: {changed} on {where}, {len(report.get('files', []))} files, commit {report.get('commit')}"
+    )
+    if report.get("verified"):
+        out.line("  read back and compared: every file has the artifact's sha256")

@@ -1,0 +1,188 @@
+"""Where a checkpoint lies: a local folder, or a Hub repository at one pinned commit.
+
+Both answer the same four questions: which files there are, where one is on disk (a Hub file is fetched when asked for),
+what a shard's header says (on a Hub by range requests, without its weights), and who this source is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from quantpub.errors import AuthError, InputError, QuantpubError, UnavailableError
+from quantpub.shards import TensorInfo, parse_header, read_header
+
+Header = tuple[dict[str, TensorInfo], dict[str, str]]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SAMPLES, SAMPLE = 16, 64 << 10
+
+
+class Source(Protocol):
+    """label: what a user calls it. files: name → size."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def files(self) -> dict[str, int]: ...
+    def path(self, name: str) -> Path: ...
+    def header(self, name: str) -> Header: ...
+    def where(self, name: str) -> str: ...
+    def fingerprint(self, shard: str) -> str: ...
+    def identity(self) -> dict[str, Any]: ...
+
+
+class LocalSource:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.label = folder, str(folder)
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
+        return {name: size for name, size in sorted(sizes.items()) if not name.startswith(".git/")}
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def header(self, name: str) -> Header:
+        return read_header(self.path(name))
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def fingerprint(self, shard: str) -> str:
+        """Digest of a shard's size and of blocks sampled across it: cheap, and different for retrained weights."""
+        path, size = self.path(shard), self.files[shard]
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb", buffering=0) as f:
+            for i in range(SAMPLES):
+                f.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
+                digest.update(f.read(SAMPLE))
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The folder's own name, not its path: nothing local goes into an artifact."""
+        return {"kind": "local", "name": self.folder.resolve().name}
+
+
+class HubSource:
+    def __init__(self, repo: str, revision: str | None) -> None:
+        from huggingface_hub import HfApi
+
+        self._api = HfApi(library_name="quantpub")
+        with hub_errors(repo, revision):
+            self._info = self._api.model_info(repo, revision=revision, files_metadata=True)
+        self.repo, self.label = repo, f"{repo}@{self.commit[:7]}"
+
+    @property
+    def commit(self) -> str:
+        return str(self._info.sha)
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        return {
+            entry.rfilename: entry.size or 0 for entry in sorted(self._info.siblings or [], key=lambda e: e.rfilename)
+        }
+
+    def path(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with hub_errors(self.repo, self.commit):
+            return Path(hf_hub_download(self.repo, name, revision=self.commit, library_name="quantpub"))
+
+    def header(self, name: str) -> Header:
+        """By two range requests: 8 bytes of length, then the header. The size is checked against the repository's."""
+        from huggingface_hub import HfFileSystem
+
+        with hub_errors(self.repo, self.commit):
+            f = HfFileSystem().open(f"{self.repo}/{name}", revision=self.commit, block_size=1 << 20)
+            with f:
+                length = int.from_bytes(f.read(8), "little")
+                tensors, metadata = parse_header(f.read(length), self.where(name))
+        promised = max((info.end for info in tensors.values()), default=8 + length)
+        if promised != self.files[name]:
+            raise InputError(
+                f"truncated: {self.files[name]} bytes, its header promises {promised}", where=self.where(name)
+            )
+        return tensors, metadata
+
+    def where(self, name: str) -> str:
+        return f"{self.label}/{name}"
+
+    def fingerprint(self, shard: str) -> str:
+        entry = next(e for e in self._info.siblings or [] if e.rfilename == shard)
+        return entry.lfs.sha256 if entry.lfs else str(entry.blob_id)
+
+    def identity(self) -> dict[str, Any]:
+        card = dict(self._info.card_data or {})
+        licence = {key: card[key] for key in ("license", "license_name", "license_link", "language") if card.get(key)}
+        return {"kind": "hub", "repo": self.repo, "commit": self.commit, "gated": bool(self._info.gated), **licence}
+
+
+def open_source(model: str, revision: str | None) -> Source:
+    """A folder when one of that name exists, else a Hub id. Errors: InputError, AuthError, UnavailableError."""
+    folder = Path(model)
+    if folder.is_dir():
+        if revision:
+            raise InputError("--revision goes with a Hub id, not with a local folder", where=model)
+        return LocalSource(folder)
+    if folder.exists() or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
+        raise InputError("no such folder", where=model, next="name a checkpoint's folder, or a Hub id like owner/name")
+    return HubSource(model, revision)
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """huggingface_hub's exceptions as quantpub's: what, where, what to do next."""
+    try:
+        yield
+    except QuantpubError:
+        raise
+    except Exception as error:
+        raise _hub_error(error, repo, revision) or error from error
+
+
+def _hub_error(error: Exception, repo: str, revision: str | None) -> QuantpubError | None:
+    from huggingface_hub import errors as hub
+
+    kinds: list[tuple[type[Exception], Callable[[], QuantpubError]]] = [
+        (
+            hub.GatedRepoError,
+            lambda: AuthError(
+                "access to this model must be granted first",
+                where=repo,
+                next="ask for access on its page, then `hf auth login`",
+            ),
+        ),
+        (
+            hub.RepositoryNotFoundError,
+            lambda: AuthError(
+                "no such model on the Hub, or no right to read it",
+                where=repo,
+                next="check the name, or `hf auth login`",
+            ),
+        ),
+        (
+            hub.RevisionNotFoundError,
+            lambda: InputError(f"no revision {revision!r}", where=repo, next="check --revision"),
+        ),
+        (hub.EntryNotFoundError, lambda: InputError("a file is missing from the repository", where=repo)),
+        (
+            hub.OfflineModeIsEnabled,
+            lambda: UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder"),
+        ),
+        (
+            OSError,
+            lambda: UnavailableError(
+                f"the Hub did not answer ({type(error).__name__})",
+                where=repo,
+                next="check the network and HF_ENDPOINT, and run the same command again",
+            ),
+        ),
+    ]
+    return next((make() for kind, make in kinds if isinstance(error, kind)), None)

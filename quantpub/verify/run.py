@@ -1,0 +1,83 @@
+"""Stage `verify`: run every rule, write verify.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quantpub.artifact import Artifact
+from quantpub.checkpoint import Checkpoint, open_checkpoint
+from quantpub.errors import InputError, QuantpubError
+from quantpub.evidence import made_by
+from quantpub.registry import load
+from quantpub.verify import RULES
+from quantpub.verify.base import FAILED, SKIPPED, Finding, Subject, failed
+
+
+def verify(
+    artifact: Artifact, source: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Run all rules, with `source` (a folder or Hub id) those that compare with it too. Writes and returns the evidence.
+
+    A Hub source is read at the commit that run.json names. Errors: InputError when the source is another model.
+    """
+    checkpoint = _source(artifact, source)
+    subject = Subject(artifact, checkpoint, progress)
+    findings = {name: _judge(name, subject) for name in RULES}
+    evidence = {
+        "made_by": made_by("verify", {"source": checkpoint.source.identity() if checkpoint else None}),
+        "checks": [{"id": name, **finding.as_json()} for name, finding in findings.items()],
+        **subject.figures,
+        "verdict": verdict(findings),
+    }
+    artifact.write_evidence("verify.json", evidence)
+    counts = {status: sum(f.status == status for f in findings.values()) for status in ("passed", "failed", "skipped")}
+    artifact.record("verify", {"verdict": evidence["verdict"], **counts})
+    return evidence
+
+
+def _judge(name: str, subject: Subject) -> Finding:
+    """A rule's finding; an artifact so damaged that the rule cannot even look has failed it."""
+    rule: Callable[[Subject], Finding] = load(RULES, "rule", name)
+    try:
+        return rule(subject)
+    except QuantpubError as error:
+        return failed(str(error))
+    except (KeyError, ValueError, OSError) as error:
+        return failed(f"cannot be read: {type(error).__name__}: {error}")
+
+
+def verdict(findings: dict[str, Finding]) -> str:
+    """passed only when every rule was run and passed; a rule that was skipped leaves it `incomplete`."""
+    statuses = {finding.status for finding in findings.values()}
+    return "failed" if FAILED in statuses else "incomplete" if SKIPPED in statuses else "passed"
+
+
+def _source(artifact: Artifact, source: str | None) -> Checkpoint | None:
+    recorded = artifact.run()["source"]
+    if source is None:
+        return None
+    checkpoint = open_checkpoint(
+        source, recorded["commit"] if recorded["kind"] == "hub" and recorded["repo"] == source else None
+    )
+    names = {part.name for part in _parts(checkpoint)}
+    planned = {line["as"] for line in Subject(artifact, checkpoint).decoder.actions}
+    if not names & planned:
+        raise InputError(
+            "no tensor of it is in the artifact: another model",
+            where=source,
+            next="name the model the artifact was made from",
+        )
+    return checkpoint
+
+
+def _parts(checkpoint: Checkpoint) -> list[Any]:
+    from quantpub.verify.source import source_parts
+
+    return list(source_parts(checkpoint).values())
+
+
+def failures(evidence: dict[str, Any]) -> str | None:
+    """The failed checks in one line, or None."""
+    bad = [f"{check['id']}: {check['detail']}" for check in evidence["checks"] if check["status"] == FAILED]
+    return "; ".join(bad) if bad else None

@@ -1,0 +1,56 @@
+"""Rules that hold the artifact against the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+from quantpub.checkpoint import Checkpoint, Slice, read_slice
+from quantpub.families import FAMILIES
+from quantpub.shards import raw_bytes
+from quantpub.verify.base import Finding, Subject, first, skipped
+
+NO_SOURCE = "not looked at: no --source was given"
+
+
+def source_parts(checkpoint: Checkpoint) -> dict[str, Slice]:
+    """name → where the source holds it."""
+    family = FAMILIES[checkpoint.config["model_type"]]
+    return {part.name: part for shard in checkpoint.shards for part in checkpoint.slices(shard, family)}
+
+
+def coverage(subject: Subject) -> Finding:
+    """Law 3 seen from outside: the plan names every source tensor once, and the small files came along unchanged."""
+    if subject.source is None:
+        return skipped(NO_SOURCE)
+    counts = Counter(line["as"] for line in subject.decoder.actions)
+    parts = source_parts(subject.source)
+    problems = [f"source tensor {name} has {counts[name]} actions" for name in parts if counts[name] != 1]
+    problems += [f"{name} is in the plan, not in the source" for name in counts if name not in parts]
+    for name in subject.source.companions:
+        ours = subject.artifact.path / name
+        if not ours.is_file() or _digest(ours.read_bytes()) != _digest(subject.source.source.path(name).read_bytes()):
+            problems.append(f"{name} is not the source's")
+    return first(problems, f"{len(parts)} source tensors, {len(subject.source.companions)} files beside them")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def copies(subject: Subject) -> Finding:
+    """Embeddings, norms, routers, heads: what was not quantized must not have been touched."""
+    if subject.source is None:
+        return skipped(NO_SOURCE)
+    parts, names = source_parts(subject.source), subject.decoder.copied()
+    problems = [
+        f"{name} differs from the source"
+        for name in names
+        if name not in parts or not _same_bytes(subject, name, parts[name])
+    ]
+    return first(problems, f"{len(names)} tensors byte-identical")
+
+
+def _same_bytes(subject: Subject, name: str, part: Slice) -> bool:
+    assert subject.source is not None
+    return raw_bytes(subject.decoder.tensor(name)) == raw_bytes(read_slice(subject.source.source, part))

@@ -1,0 +1,113 @@
+"""Rules that need the artifact alone: its files, names, shapes, dtypes and configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from quantpub.checkpoint import INDEX, PICKLES
+from quantpub.shards import DTYPES, TensorInfo, read_header
+from quantpub.verify.base import Finding, Subject, first
+
+LOCAL_PATH = re.compile(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\)")
+
+
+def _headers(subject: Subject) -> dict[str, dict[str, TensorInfo]]:
+    shards = dict.fromkeys(line["shard"] for line in subject.decoder.actions)
+    return {shard: read_header(subject.artifact.path / shard)[0] for shard in shards}
+
+
+def files(subject: Subject) -> Finding:
+    """Catches a shard that was truncated, exchanged or edited after it was sealed."""
+    damaged = subject.artifact.damage()
+    return first([f"{name} is not what SHA256SUMS states" for name in damaged], f"{len(subject.artifact.sums())} files")
+
+
+def safe_files(subject: Subject) -> Finding:
+    path = subject.artifact.path
+    names = subject.artifact.files()
+    bad = [f"{name} can run code when it is opened" for name in names if name.endswith((*PICKLES, ".py"))]
+    bad += [f"{name} is a link" for name in names if (path / name).is_symlink()]
+    return first(bad, f"{len(names)} files, weights in safetensors only")
+
+
+def index(subject: Subject) -> Finding:
+    """Known failure: a resumed run that wrote modules twice. The index and the headers must be the same map."""
+    found = {name: shard for shard, infos in _headers(subject).items() for name in infos}
+    total = sum(len(infos) for infos in _headers(subject).values())
+    path = subject.artifact.path / INDEX
+    problems = [] if total == len(found) else ["a tensor lies in two shards"]
+    if path.is_file():
+        stated = json.loads(path.read_text())["weight_map"]
+        wrong = sorted(name for name in {*stated, *found} if stated.get(name) != found.get(name))
+        problems += [f"{name}: index says {stated.get(name)}, found in {found.get(name)}" for name in wrong]
+    return first(problems, f"{len(found)} tensors in {len(_headers(subject))} shards")
+
+
+def tensors(subject: Subject) -> Finding:
+    """The exact set of suffixes, dtypes and shapes: engines do not check that a quantized checkpoint is complete."""
+    decoder, problems = subject.decoder, []
+    expected = {
+        name: (dtype, tuple(shape)) for line in decoder.actions for name, (dtype, shape) in line["outputs"].items()
+    }
+    for module, (n, k) in decoder.modules():
+        dtype = next(line["dtype"] for line in decoder.actions if line["as"] == f"{module}.weight")
+        for suffix, spec in decoder.layout.spec(decoder.scheme, n, k, dtype).items():
+            expected[f"{module}.{suffix}"] = spec
+    found = {name: (info.dtype, info.shape) for infos in _headers(subject).values() for name, info in infos.items()}
+    problems += [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} belongs to no module" for name in found if name not in expected]
+    problems += [
+        f"{name} is {found[name]}, expected {spec}" for name, spec in expected.items() if found.get(name, spec) != spec
+    ]
+    return first(problems, f"{len(found)} tensors, {len(decoder.modules())} quantized modules")
+
+
+def config(subject: Subject) -> Finding:
+    """Every Linear that is not quantized is named in `ignore` in full, and every quantized one is not."""
+    stated, decoder = subject.artifact.config(), subject.decoder
+    quantized = {module for module, _ in decoder.modules()}
+    declared = stated.get("quantization_config", {})
+    ignore = declared.get("ignore", [])
+    problems = (
+        [] if declared == decoder.layout.config(decoder.scheme, ignore) else ["quantization_config is not the layout's"]
+    )
+    problems += [f"{module} is quantized, but listed in ignore" for module in ignore if module in quantized]
+    plain = {
+        line["as"].removesuffix(".weight")
+        for line in decoder.actions
+        if line["action"] == "copy" and line["role"] in ("linear", "router", "head")
+    }
+    problems += [f"{module} is not quantized, and not listed in ignore" for module in sorted(plain - set(ignore))]
+    if found := LOCAL_PATH.search(json.dumps(stated)):
+        problems.append(f"config.json holds a local path ({found[0]}…)")
+    return first(problems, f"{declared.get('format')}, {len(ignore)} modules ignored by name")
+
+
+def bits(subject: Subject) -> Finding:
+    """Known failures: experts left in bf16, FP8 weights in an NVFP4 export. The bytes on disk say what was really done."""
+    record = subject.artifact.run()["stages"]["quantize"]
+    headers = _headers(subject)
+    on_disk = {name: info for infos in headers.values() for name, info in infos.items()}
+    owned = [
+        name
+        for line in subject.decoder.actions
+        if line["action"] == "quantize"
+        for name in line["outputs"]
+        if name in on_disk
+    ]
+    weights = sum(math.prod(shape) for _, shape in subject.decoder.modules())
+    actual = round(8 * sum(on_disk[name].nbytes for name in owned) / weights, 4) if weights else None
+    size = sum((subject.artifact.path / shard).stat().st_size for shard in headers)
+    number = subject.decoder.scheme.weight.number
+    code_bits = 8 * max((DTYPES[on_disk[n].dtype].itemsize * math.prod(on_disk[n].shape) for n in owned), default=0)
+    problems = (
+        [f"{actual} bits a quantized weight on disk, {record['bits_per_quantized_weight']} declared"]
+        if actual != record["bits_per_quantized_weight"]
+        else []
+    )
+    problems += [f"{size} bytes on disk, {record['output_bytes']} declared"] if size != record["output_bytes"] else []
+    if actual is not None and code_bits and actual < number.bits:
+        problems.append(f"{actual} bits a weight cannot hold {number.bits}-bit codes")
+    return first(problems, f"{actual} bits a quantized weight, {record['bits_per_weight']} over all parameters")

@@ -1,0 +1,107 @@
+"""Shared fixtures: the bundled 2M model, artifacts made from it once a session, and the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "demo" / "model"
+DEMO_TEXT = ROOT / "demo" / "eval.jsonl"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.out)
+        return value
+
+
+def run_cli(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
+    """The console script in a process of its own, without a network."""
+    command = [sys.executable, "-m", "quantpub.cli", *map(str, args)]
+    done = subprocess.run(
+        command, cwd=cwd or ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **OFFLINE, **(env or {})},
+        capture_output=True, text=True, timeout=240, check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def make_artifact(model: Path | str, recipe: str, out: Path, layout: str | None = None) -> Path:
+    from quantpub.checkpoint import open_checkpoint
+    from quantpub.plan import make_plan
+    from quantpub.quantize import quantize
+    from quantpub.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    names = [layout] if layout else chosen.layouts([], [])
+    quantize([make_plan(open_checkpoint(str(model)), chosen, name) for name in names], out)
+    return out
+
+
+@pytest.fixture(scope="session", params=["w4a16", "w4a16-rtn", "fp8-dynamic"])
+def any_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the demo model by each recipe. Read only."""
+    return make_artifact(DEMO_MODEL, request.param, tmp_path_factory.mktemp("artifact") / request.param)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A w4a16 artifact of the demo model that the test may damage."""
+    cache = tmp_path_factory.getbasetemp() / "w4a16-master"
+    if not cache.exists():
+        make_artifact(DEMO_MODEL, "w4a16", cache)
+    return Path(shutil.copytree(cache, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the demo model that the test may damage."""
+    return Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def save_llama(folder: Path, shards: int = 3, seed: int = 0) -> Path:
+    """A random Llama-shaped checkpoint of several shards, written with the safetensors package."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    shapes = {"model.embed_tokens.weight": (512, 128), "model.norm.weight": (128,)}
+    for i in range(shards):
+        at = f"model.layers.{i}."
+        shapes |= {at + "input_layernorm.weight": (128,), at + "post_attention_layernorm.weight": (128,)}
+        shapes |= {f"{at}self_attn.{p}_proj.weight": (64 if p in "kv" else 128, 128) for p in "qkvo"}
+        shapes |= {at + "mlp.gate_proj.weight": (384, 128), at + "mlp.up_proj.weight": (384, 128)}
+        shapes |= {at + "mlp.down_proj.weight": (128, 384)}
+    files: dict[str, dict[str, Any]] = {}
+    for place, (name, shape) in enumerate(sorted(shapes.items())):
+        shard = f"model-{place * shards // len(shapes) + 1:05d}-of-{shards:05d}.safetensors"
+        files.setdefault(shard, {})[name] = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+    folder.mkdir(parents=True)
+    for shard, tensors in files.items():
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": shards, "vocab_size": 512}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "LICENSE").write_text("a licence\n")
+    return folder

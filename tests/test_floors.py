@@ -1,0 +1,99 @@
+"""The design's floors, held by walking the syntax tree: a module imports only from floors below it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "quantpub"
+FLOORS = {
+    0: ["errors", "env", "files", "registry", "stages", "output"],
+    1: ["scheme", "families", "targets"],
+    2: ["qtensor", "stats", "transforms", "algorithms", "layouts"],
+    3: ["recipe", "recipe_files", "checkpoint", "sources", "shards", "plan", "artifact", "evidence", "decode", "gemms"],
+    4: ["observe", "destination", "quantize", "repack", "verify", "kernels", "profile", "timing", "engines", "evaluate", "bench",
+        "card", "plots", "publish", "hub", "forward"],
+    5: ["release", "demo"],
+    6: ["cli", "show", "listing"],
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+# third-party packages a floor may import anywhere, and those it may never
+NEVER = {
+    0: {"torch", "typer", "transformers", "huggingface_hub", "safetensors", "pydantic", "yaml"},
+    1: {"torch", "typer", "transformers", "huggingface_hub", "safetensors", "rich"},
+    2: {"transformers", "huggingface_hub", "safetensors", "typer", "rich", "pathlib", "os", "io", "yaml", "json"},
+    3: {"transformers", "typer", "rich", "jinja2", "matplotlib"},
+    4: {"typer", "rich"},
+    5: {"typer", "rich"},
+    6: {"click"},
+}
+STAGES = ["quantize", "verify", "profile", "evaluate", "card", "publish", "repack", "observe", "bench"]
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+def unit(path: Path) -> str:
+    """The top-level name a file belongs to: `algorithms` for quantpub/algorithms/rtn.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" if node.module == "quantpub" else str(node.module) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_imports_only_from_floors_below(path: Path) -> None:
+    name = unit(path)
+    assert name in FLOOR_OF, f"{name} has no floor: give it one"
+    for imported in imports(path):
+        parts = imported.split(".")
+        if parts[0] != "quantpub" or len(parts) == 1 or parts[1].startswith("__"):
+            continue
+        other = parts[1]
+        assert other in FLOOR_OF, f"{name} imports {other}, which has no floor"
+        assert FLOOR_OF[other] <= FLOOR_OF[name], f"{name} (floor {FLOOR_OF[name]}) imports {other} (floor {FLOOR_OF[other]})"
+        if name in STAGES and other in STAGES:
+            assert other == name, f"stage {name} imports stage {other}: stages meet in the artifact"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_imports_no_forbidden_package(path: Path) -> None:
+    tops = {imported.split(".")[0] for imported in imports(path)}
+    assert not tops & NEVER[FLOOR_OF[unit(path)]]
+
+
+@pytest.mark.parametrize("folder", ["algorithms", "layouts"])
+def test_algorithms_and_layouts_do_not_import_each_other_and_touch_no_file(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        others = {p.stem for p in (PACKAGE / folder).glob("*.py")} - {"base", "__init__", path.stem}
+        assert not {i.split(".")[-1] for i in imports(path) if i.startswith(f"quantpub.{folder}.")} & others
+        calls = {n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert not calls & {"open", "print"}
+        attributes = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert not attributes & {"cuda", "open", "read_bytes", "write_bytes"}
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, quantpub.cli, quantpub.listing; [f() for f in quantpub.listing.LISTS.values()]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_floors_cover_every_module_once() -> None:
+    names = [name for floor in FLOORS.values() for name in floor]
+    assert len(names) == len(set(names))

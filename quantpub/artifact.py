@@ -31,6 +31,7 @@ class Artifact:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = path / META
+        self._written: set[str] = set()
 
     @classmethod
     def open(cls, path: Path | str) -> Artifact:
@@ -85,6 +86,7 @@ class Artifact:
         path = self.path / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
+        self._written |= {relative} - {SUMS}
 
     def write_evidence(self, name: str, value: dict[str, Any]) -> None:
         """Write `.quantpub/name` and seal. The stage's own summary goes to `record`."""
@@ -110,10 +112,16 @@ class Artifact:
         return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def seal(self) -> None:
-        """Write SHA256SUMS. Weights are taken from the journal, which hashed them as they were written."""
-        known = self.journal()
-        sums = {name: known[name] if name in known else sha256_file(self.path / name) for name in self.files()}
-        self.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+        """Write SHA256SUMS. Only files written through this object get a new line once there is one: what anything else
+
+        changed since must stay visible as damage. Weights are taken from the journal, which hashed them as they were written.
+        """
+        known, stated = self.journal(), self.sums()
+        fresh = self._written if stated else set(self.files())
+        made = {name: known[name] if name in known else sha256_file(self.path / name) for name in fresh}
+        lines = sorted({**stated, **made}.items())
+        self.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in lines).encode())
+        self._written.clear()
 
     def journal(self) -> dict[str, str]:
         """shard → sha256 of every finished shard. A line cut off by a crash is not finished."""

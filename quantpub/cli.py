@@ -209,7 +209,7 @@ def eval(
     artifact = Artifact.open(checkpoint)
     with out.bar("evaluating", 0) as advance:
         evidence = evaluate(artifact, baseline, data, windows=windows, window=window, progress=_counted(advance))
-    out.result(evidence, lambda: show_eval(out, evidence), quiet=str(evidence.get("kl")))
+    out.result(evidence, lambda: show_eval(out, evidence), quiet=str(evidence["kl"]["mean"]))
     if reason := check_gate(evidence):
         raise GateError(reason, where=str(checkpoint), next="choose a recipe with more bits, or calibration")
 

@@ -82,6 +82,18 @@ def show_profile(out: Output, evidence: dict[str, Any]) -> None:
     out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
 
 
+def show_eval(out: Output, evidence: dict[str, Any]) -> None:
+    def figure(value: dict[str, Any], digits: int) -> str:
+        error = "" if value.get("stderr") is None else f" ± {value['stderr']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{error}"
+
+    perplexity = evidence["perplexity"]
+    out.line(f"  perplexity  {figure(perplexity['artifact'], 4)}, base {figure(perplexity['base'], 4)}, ratio {figure(perplexity['ratio'], 4)}")
+    out.line(f"  KL to base  {figure(evidence['kl'], 5)} nats per token")
+    out.line(f"  top-1       {figure(evidence['top1'], 4)} of the base's first choices")
+    out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
+
+
 def show_published(out: Output, report: dict[str, Any], rehearsed: bool) -> None:
     where = "a Hub on this machine" if rehearsed else "the Hub"
     changed = "one commit" if report.get("changed") else "nothing changed"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+import yaml
 
 from quantpub.errors import AuthError, InputError, QuantpubError, UnavailableError
 from quantpub.shards import TensorInfo, parse_header, read_header
@@ -20,6 +22,7 @@ from quantpub.shards import TensorInfo, parse_header, read_header
 Header = tuple[dict[str, TensorInfo], dict[str, str]]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAMPLES, SAMPLE = 16, 64 << 10
+TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # huggingface_hub 1 and 2 raise these as they are
 
 
 class Source(Protocol):
@@ -67,7 +70,8 @@ class LocalSource:
 
     def identity(self) -> dict[str, Any]:
         """The folder's own name, not its path: nothing local goes into an artifact."""
-        return {"kind": "local", "name": self.folder.resolve().name}
+        card = self.path("README.md").read_text("utf-8", "replace") if "README.md" in self.files else ""
+        return {"kind": "local", "name": self.folder.resolve().name, **licence(front_matter(card))}
 
 
 class HubSource:
@@ -85,9 +89,8 @@ class HubSource:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        return {
-            entry.rfilename: entry.size or 0 for entry in sorted(self._info.siblings or [], key=lambda e: e.rfilename)
-        }
+        entries = sorted(self._info.siblings or [], key=lambda entry: entry.rfilename)
+        return {entry.rfilename: entry.size or 0 for entry in entries if entry.rfilename != ".gitattributes"}
 
     def path(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -119,9 +122,23 @@ class HubSource:
         return entry.lfs.sha256 if entry.lfs else str(entry.blob_id)
 
     def identity(self) -> dict[str, Any]:
-        card = dict(self._info.card_data or {})
-        licence = {key: card[key] for key in ("license", "license_name", "license_link", "language") if card.get(key)}
-        return {"kind": "hub", "repo": self.repo, "commit": self.commit, "gated": bool(self._info.gated), **licence}
+        card = self._info.card_data.to_dict() if self._info.card_data else {}
+        return {"kind": "hub", "repo": self.repo, "commit": self.commit, "gated": bool(self._info.gated), **licence(card)}
+
+
+def licence(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card's metadata says of licence and language; nothing where it says nothing."""
+    return {key: card[key] for key in ("license", "license_name", "license_link", "language") if card.get(key)}
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The YAML block that a model card begins with; empty when there is none or it is not valid."""
+    block = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    try:
+        value = yaml.safe_load(block[1]) if block else None
+    except yaml.YAMLError:
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def open_source(model: str, revision: str | None) -> Source:
@@ -150,39 +167,24 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 def _hub_error(error: Exception, repo: str, revision: str | None) -> QuantpubError | None:
     from huggingface_hub import errors as hub
 
-    kinds: list[tuple[type[Exception], Callable[[], QuantpubError]]] = [
+    login = "check the name, or `hf auth login`"
+    kinds: list[tuple[type[Exception], QuantpubError]] = [
         (
             hub.GatedRepoError,
-            lambda: AuthError(
-                "access to this model must be granted first",
-                where=repo,
-                next="ask for access on its page, then `hf auth login`",
-            ),
+            AuthError("access to this model must be granted first", where=repo, next="ask for it on its page, then `hf auth login`"),
         ),
-        (
-            hub.RepositoryNotFoundError,
-            lambda: AuthError(
-                "no such model on the Hub, or no right to read it",
-                where=repo,
-                next="check the name, or `hf auth login`",
-            ),
-        ),
-        (
-            hub.RevisionNotFoundError,
-            lambda: InputError(f"no revision {revision!r}", where=repo, next="check --revision"),
-        ),
-        (hub.EntryNotFoundError, lambda: InputError("a file is missing from the repository", where=repo)),
-        (
-            hub.OfflineModeIsEnabled,
-            lambda: UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder"),
-        ),
-        (
-            OSError,
-            lambda: UnavailableError(
-                f"the Hub did not answer ({type(error).__name__})",
-                where=repo,
-                next="check the network and HF_ENDPOINT, and run the same command again",
-            ),
-        ),
+        (hub.RepositoryNotFoundError, AuthError("no such model on the Hub, or no right to read it", where=repo, next=login)),
+        (hub.RevisionNotFoundError, InputError(f"no revision {revision!r}", where=repo, next="check --revision")),
+        (hub.EntryNotFoundError, InputError("a file is missing from the repository", where=repo)),
+        (hub.OfflineModeIsEnabled, UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder")),
     ]
-    return next((make() for kind, make in kinds if isinstance(error, kind)), None)
+    for kind, mapped in kinds:
+        if isinstance(error, kind):
+            return mapped
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return AuthError("the Hub refused the token", where=repo, next=login)
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS:
+        return UnavailableError(
+            f"the Hub did not answer ({type(error).__name__})", where=repo, next="check the network and HF_ENDPOINT, and run the same command again"
+        )
+    return None

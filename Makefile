@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. `make venv` only makes the environment.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first of these that runs and is new enough
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := .venv/installed
@@ -10,7 +11,8 @@ CT_NEWEST := .venv/ct-newest
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv || { rm -rf .venv; $(PYTHON) -m venv --without-pip .venv && $(BIN)/python scripts/bootstrap_pip.py; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer | install one, or say make PYTHON=/path/to/python" >&2; exit 6; }
+	sh scripts/make_venv.sh $(PYTHON) .venv
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) -e '.[dev]'
 	rm -rf $(CT_NEWEST)

@@ -32,6 +32,7 @@ class Artifact:
         self.path = path
         self.meta = path / META
         self._written: set[str] = set()
+        self._removed: set[str] = set()
 
     @classmethod
     def open(cls, path: Path | str) -> Artifact:
@@ -88,6 +89,11 @@ class Artifact:
         atomic_write(path, data)
         self._written |= {relative} - {SUMS}
 
+    def remove(self, relative: str) -> None:
+        """Take back one file that a former run of the same stage wrote. `seal` afterwards."""
+        (self.path / relative).unlink(missing_ok=True)
+        self._removed.add(relative)
+
     def write_evidence(self, name: str, value: dict[str, Any]) -> None:
         """Write `.quantpub/name` and seal. The stage's own summary goes to `record`."""
         self.write(f"{META}/{name}", dump_json(value))
@@ -112,16 +118,18 @@ class Artifact:
         return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def seal(self) -> None:
-        """Write SHA256SUMS. Only files written through this object get a new line once there is one: what anything else
+        """Write SHA256SUMS, from the journal for weights, which were hashed as they were written.
 
-        changed since must stay visible as damage. Weights are taken from the journal, which hashed them as they were written.
+        Once there is one, only files written through this object get a new line: what anyone else changed since must
+        stay visible as damage.
         """
         known, stated = self.journal(), self.sums()
         fresh = self._written if stated else set(self.files())
         made = {name: known[name] if name in known else sha256_file(self.path / name) for name in fresh}
-        lines = sorted({**stated, **made}.items())
+        lines = sorted((name, digest) for name, digest in {**stated, **made}.items() if name not in self._removed)
         self.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in lines).encode())
         self._written.clear()
+        self._removed.clear()
 
     def journal(self) -> dict[str, str]:
         """shard → sha256 of every finished shard. A line cut off by a crash is not finished."""

@@ -248,7 +248,9 @@ def card(
 def publish(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to, like owner/name.")],
     checkpoint: CheckpointArg,
-    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="What it must be afterwards; public only once it was read back.")
+    ] = True,
     tag: Annotated[Optional[str], typer.Option(help="Tag the commit.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     rehearse: Annotated[

@@ -88,7 +88,9 @@ def show_eval(out: Output, evidence: dict[str, Any]) -> None:
         return f"{value['mean']:.{digits}f}{error}"
 
     perplexity = evidence["perplexity"]
-    out.line(f"  perplexity  {figure(perplexity['artifact'], 4)}, base {figure(perplexity['base'], 4)}, ratio {figure(perplexity['ratio'], 4)}")
+    out.line(
+        f"  perplexity  {figure(perplexity['artifact'], 4)}, base {figure(perplexity['base'], 4)}, ratio {figure(perplexity['ratio'], 4)}"
+    )
     out.line(f"  KL to base  {figure(evidence['kl'], 5)} nats per token")
     out.line(f"  top-1       {figure(evidence['top1'], 4)} of the base's first choices")
     out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")

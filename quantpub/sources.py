@@ -123,7 +123,13 @@ class HubSource:
 
     def identity(self) -> dict[str, Any]:
         card = self._info.card_data.to_dict() if self._info.card_data else {}
-        return {"kind": "hub", "repo": self.repo, "commit": self.commit, "gated": bool(self._info.gated), **licence(card)}
+        return {
+            "kind": "hub",
+            "repo": self.repo,
+            "commit": self.commit,
+            "gated": bool(self._info.gated),
+            **licence(card),
+        }
 
 
 def licence(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,12 +177,22 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> QuantpubErr
     kinds: list[tuple[type[Exception], QuantpubError]] = [
         (
             hub.GatedRepoError,
-            AuthError("access to this model must be granted first", where=repo, next="ask for it on its page, then `hf auth login`"),
+            AuthError(
+                "access to this model must be granted first",
+                where=repo,
+                next="ask for it on its page, then `hf auth login`",
+            ),
         ),
-        (hub.RepositoryNotFoundError, AuthError("no such model on the Hub, or no right to read it", where=repo, next=login)),
+        (
+            hub.RepositoryNotFoundError,
+            AuthError("no such model on the Hub, or no right to read it", where=repo, next=login),
+        ),
         (hub.RevisionNotFoundError, InputError(f"no revision {revision!r}", where=repo, next="check --revision")),
         (hub.EntryNotFoundError, InputError("a file is missing from the repository", where=repo)),
-        (hub.OfflineModeIsEnabled, UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder")),
+        (
+            hub.OfflineModeIsEnabled,
+            UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder"),
+        ),
     ]
     for kind, mapped in kinds:
         if isinstance(error, kind):
@@ -185,6 +201,8 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> QuantpubErr
         return AuthError("the Hub refused the token", where=repo, next=login)
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS:
         return UnavailableError(
-            f"the Hub did not answer ({type(error).__name__})", where=repo, next="check the network and HF_ENDPOINT, and run the same command again"
+            f"the Hub did not answer ({type(error).__name__})",
+            where=repo,
+            next="check the network and HF_ENDPOINT, and run the same command again",
         )
     return None

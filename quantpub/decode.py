@@ -1,0 +1,125 @@
+"""Reading an artifact back: its modules as canonical QTensors, its copied tensors as they stand, one at a time.
+
+The plan says which output tensors belong to which module; the layout's own `unpack` undoes its `pack`. Only headers are
+read on opening, and plain reads bring one tensor into memory when it is asked for. Evaluation, verification and
+profiling all see an artifact through this one door, which needs no engine and no loader of others.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from quantpub.artifact import Artifact
+from quantpub.errors import InputError
+from quantpub.layouts import LAYOUTS
+from quantpub.layouts.base import Layout, Tensors
+from quantpub.qtensor import QTensor
+from quantpub.registry import load
+from quantpub.scheme import ActFormat, Scheme, WeightFormat
+from quantpub.shards import DTYPES, TensorInfo, read_header
+
+AGAIN = "quantize it again into another folder"
+
+
+def scheme_of(value: dict[str, Any]) -> Scheme:
+    """The scheme that `Scheme.as_json` wrote."""
+    weight, act = value["weight"], value["act"]
+    rows, columns = weight["block"]
+    form = WeightFormat(weight["num"], (rows, columns), weight["scale_dtype"], weight["zero_domain"])
+    return Scheme(value["name"], form, act and ActFormat(act["num"], act["granularity"], act["dynamic"]))
+
+
+class Decoder:
+    """scheme and layout: of every quantized module. actions: the lines of plan.jsonl."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Errors: InputError when run.json or the plan is missing or damaged."""
+        run = artifact.run()
+        self.artifact = artifact
+        self.scheme = scheme_of(run["scheme"])
+        self.layout: Layout = load(LAYOUTS, "layout", run["layout"])
+        self.actions = plan_lines(artifact)
+        self._modules = {_module(line): line for line in self.actions if line["action"] == "quantize"}
+        self._shard = {name: line["shard"] for line in self.actions for name in line["outputs"]}
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+
+    def modules(self) -> list[tuple[str, tuple[int, int]]]:
+        """(name, (n, k)) of every quantized linear, in the plan's order."""
+        return [(name, (line["shape"][0], line["shape"][1])) for name, line in self._modules.items()]
+
+    @cached_property
+    def _copied(self) -> list[str]:
+        return [name for line in self.actions if line["action"] != "quantize" for name in line["outputs"]]
+
+    def copied(self) -> list[str]:
+        """Every tensor that was taken over as it was, in the plan's order."""
+        return list(self._copied)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor of the artifact, as planned."""
+        return self._planned[name][1]
+
+    def require_whole(self) -> None:
+        """Headers only. Errors: InputError for the first tensor that is missing or not what the plan says."""
+        for name, shard in self._shard.items():
+            self._info(name, shard)
+
+    def qtensor(self, module: str) -> QTensor:
+        """One quantized weight, decoded. Errors: InputError when a tensor of it is missing or of another shape."""
+        return self.layout.unpack(self.packed(module), self.scheme)
+
+    def packed(self, module: str) -> Tensors:
+        """suffix → tensor of one quantized module, as the layout wrote them."""
+        outputs = self._modules[module]["outputs"]
+        return {name.removeprefix(f"{module}."): self.tensor(name) for name in outputs}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the artifact, by its own name. Errors: InputError when it is not what the plan says."""
+        shard = self._shard[name]
+        info = self._info(name, shard)
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        with (self.artifact.path / shard).open("rb") as f:
+            f.seek(info.start)
+            if f.readinto(raw.numpy()) < info.nbytes:
+                raise InputError("the file became shorter while it was read", where=str(f.name), next=AGAIN)
+        return raw.view(DTYPES[info.dtype]).view(info.shape)
+
+    def _info(self, name: str, shard: str) -> TensorInfo:
+        path = self.artifact.path / shard
+        if shard not in self._headers:
+            if not path.is_file():
+                raise InputError("the shard is missing", where=str(path), next=AGAIN)
+            self._headers[shard] = read_header(path)[0]
+        info = self._headers[shard].get(name)
+        if info is None:
+            raise InputError(f"tensor {name} is missing", where=str(path), next=AGAIN)
+        return self._as_planned(name, info, str(path))
+
+    @cached_property
+    def _planned(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        outputs = (item for line in self.actions for item in line["outputs"].items())
+        return {name: (dtype, tuple(shape)) for name, (dtype, shape) in outputs}
+
+    def _as_planned(self, name: str, info: TensorInfo, where: str) -> TensorInfo:
+        dtype, shape = self._planned[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            found = f"{info.dtype} {list(info.shape)}"
+            raise InputError(f"tensor {name} is {found}, the plan says {dtype} {list(shape)}", where=where, next=AGAIN)
+        return info
+
+
+def _module(line: dict[str, Any]) -> str:
+    return str(line["as"]).removesuffix(".weight")
+
+
+def plan_lines(artifact: Artifact) -> list[dict[str, Any]]:
+    """plan.jsonl: one entry per tensor. Errors: InputError when it is missing or damaged."""
+    path = artifact.meta / "plan.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"the plan cannot be read ({type(error).__name__})", where=str(path), next=AGAIN) from None

@@ -188,14 +188,14 @@ class ShardReader:
     def tensor(self, part: Slice) -> torch.Tensor:
         """The whole tensor. Must be called in file order."""
         raw = torch.empty(part.info.nbytes, dtype=torch.uint8)
-        self._fill(part.info.start, memoryview(raw.numpy()))
+        self._fill(part.info.start, memoryview(raw.numpy().data))
         return raw.view(DTYPES[part.info.dtype]).view(part.info.shape)
 
     def pieces(self, part: Slice) -> Iterator[tuple[int, torch.Tensor]]:
         """(offset in the tensor, its bytes) in pieces of at most PIECE."""
         for offset in range(0, part.info.nbytes, PIECE):
             raw = torch.empty(min(PIECE, part.info.nbytes - offset), dtype=torch.uint8)
-            self._fill(part.info.start + offset, memoryview(raw.numpy()))
+            self._fill(part.info.start + offset, memoryview(raw.numpy().data))
             yield offset, raw
 
     def finish(self) -> str:
@@ -228,7 +228,7 @@ def read_slice(source: Source, part: Slice) -> torch.Tensor:
     raw = torch.empty(part.info.nbytes, dtype=torch.uint8)
     with source.path(part.shard).open("rb", buffering=0) as f:
         f.seek(part.info.start)
-        view = memoryview(raw.numpy())
+        view = memoryview(raw.numpy().data)
         while view and (got := f.readinto(view)):
             view = view[got:]
     return raw.view(DTYPES[part.info.dtype]).view(part.info.shape)

@@ -48,12 +48,12 @@ RecipeOpt = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name (see `quantpub list recipes`) or YAML file.")
 ]
 EngineOpt = Annotated[
-    Optional[list[str]], typer.Option("--engine", help="Write the layout this engine loads (repeatable).")
-]  # noqa: UP045
+    list[str] | None, typer.Option("--engine", help="Write the layout this engine loads (repeatable).")
+]
 LayoutOpt = Annotated[Optional[list[str]], typer.Option("--layout", help="Write this layout (repeatable).")]  # noqa: UP045
 RevisionOpt = Annotated[
-    Optional[str], typer.Option("--revision", help="Branch, tag or commit of a Hub id; its commit is recorded.")
-]  # noqa: UP045
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id; its commit is recorded.")
+]
 OutOpt = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="The artifact's folder; an interrupted run resumes there.")
 ]
@@ -101,13 +101,11 @@ def plan(
 ) -> None:
     """What every tensor becomes, bytes, bits per weight, memory, and what is refused: from headers alone."""
     from quantpub.plan import require_runnable, summary
-    from quantpub.show import show_plan
+    from quantpub.show import show_plans
 
     plans = _plans(model, recipe, engine, layout, revision)
     found = [summary(p) | ({"actions": [a.as_json() for a in p.actions]} if tensors else {}) for p in plans]
-    out.result(
-        {"plans": found}, lambda: [show_plan(out, facts) for facts in found], quiet=str(found[0]["output_bytes"])
-    )
+    out.result({"plans": found}, lambda: show_plans(out, found), quiet=str(found[0]["output_bytes"]))
     for p in plans:
         require_runnable(p)
 
@@ -135,7 +133,7 @@ def quantize(
         reports = run(plans, output, device, advance)
     out.result(
         reports[0] if len(reports) == 1 else {"artifacts": reports},
-        lambda: [show_quantized(out, report) for report in reports],
+        lambda: show_quantized(out, reports),
         quiet=str(output),
     )
 
@@ -165,9 +163,7 @@ def verify(
 def profile(
     checkpoint: CheckpointArg,
     m: Annotated[Optional[str], typer.Option("--m", help="Rows of activations to time, like 1,16,256.")] = None,  # noqa: UP045
-    kernels: Annotated[
-        Optional[str], typer.Option("--kernels", help="Only these kernels, separated by commas.")
-    ] = None,  # noqa: UP045
+    kernels: Annotated[str | None, typer.Option("--kernels", help="Only these kernels, separated by commas.")] = None,
     budget_seconds: Annotated[float, typer.Option(help="Stop timing after so long.")] = 10.0,
     format: FormatOpt = "auto",
     json: JsonOpt = False,
@@ -286,31 +282,31 @@ def list_(
 ) -> None:
     """What quantpub knows, by name."""
     from quantpub.listing import LISTS
+    from quantpub.show import show_names
 
     if what not in LISTS:
         raise UsageError(f"cannot list {what!r}", next=closest(what, LISTS))
     rows = LISTS[what]()
-    width = max(map(len, rows), default=0)
     out.result(
         {what: rows},
-        lambda: [out.line(f"{name:<{width}}  {summary}") for name, summary in rows.items()],
+        lambda: show_names(out, rows),
         quiet="\n".join(rows),
     )
 
 
 @app.command()
 def demo(
-    output: OutOpt = Path("demo-out"), recipe: RecipeOpt = "w4a16", format: FormatOpt = "auto", json: JsonOpt = False
+    output: OutOpt = Path("demo-out"),
+    recipe: RecipeOpt = "fp8-dynamic",
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
 ) -> None:
     """Every stage on the bundled 2M model: quantize, verify, profile, evaluate, render the card, rehearse the publish."""
     from quantpub.demo import demo as run
+    from quantpub.show import show_demo
 
     report = run(output, recipe, out)
-    out.result(
-        report,
-        lambda: [out.line(f"{name:<10} {report[name]}") for name in ("artifact", "card", "plots")],
-        quiet=str(output),
-    )
+    out.result(report, lambda: show_demo(out, report, output), quiet=str(output))
 
 
 def _integers(option: str, text: str | None) -> list[int] | None:
@@ -332,6 +328,7 @@ def _counted(advance: Any) -> Any:
 
 def main() -> None:
     """The console script: run, and turn every error into one line and its exit code."""
+    out.reset()
     try:
         app()
     except QuantpubError as error:

@@ -16,6 +16,10 @@ class Output:
     """format: human prints lines and tables, json exactly one object, quiet the one value a script wants."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the start of a command."""
         self.format, self._printed = "human", False
 
     def use(self, format: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -259,14 +260,15 @@ def summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-INTERPRETER = 330 << 20  # Python with torch, safetensors headers and three threads' buffers, measured
+WORKERS = min(8, len(os.sched_getaffinity(0)))  # tensors worked on at a time
+INTERPRETER = 330 << 20  # Python with torch, safetensors headers and the threads' buffers, measured
 QUEUES = 3 * (32 << 20)  # what may wait between reading, computing and writing
 
 
 def peak_memory(plan: Plan) -> int:
-    """Estimated peak of the whole process: the interpreter, the queues, and the largest tensor in each of three stages.
+    """Estimated peak of the whole process: the interpreter, the queues, and the tensors in work.
 
-    In work: the tensor as read, its codes (1 byte a weight), its packed form, and the next one being read.
+    Each tensor in work stands there as read, as codes (1 byte a weight) and packed; one more is being read.
     """
     largest = max((action.part.info.nbytes for action in plan.actions if action.kind == QUANTIZE), default=0)
-    return INTERPRETER + QUEUES + 4 * largest
+    return INTERPRETER + QUEUES + 2 * (WORKERS + 1) * largest

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantpub.algorithms.base import Algorithm
 from quantpub.checkpoint import ShardReader
 from quantpub.destination import Destination
 from quantpub.errors import InputError, QuantpubError, UsageError
-from quantpub.plan import COPY, Action, Plan, require_runnable
+from quantpub.memory import keep_freed_memory
+from quantpub.plan import COPY, WORKERS, Action, Plan, require_runnable
 from quantpub.shards import raw_bytes
-from quantpub.stages import background
+from quantpub.stages import background, concurrently
 
 AHEAD = 32 << 20  # bytes that a stage may be ahead of the next
 Progress = Callable[[int], None]  # called with the number of source bytes finished
@@ -77,6 +79,7 @@ def quantize(
 
 def _run(todo: Sequence[Destination], device: str, progress: Progress) -> None:
     """The straight line: read → compute → write, then everything that is not weights."""
+    keep_freed_memory()
     read = background(_read(todo), lambda piece: piece.nbytes, AHEAD)
     made = background(_compute(todo, read, device), lambda piece: piece.nbytes, AHEAD)
     with contextlib.closing(made), contextlib.closing(read):
@@ -99,22 +102,34 @@ def _read(todo: Sequence[Destination]) -> Iterator[Piece]:
 
 
 def _compute(todo: Sequence[Destination], pieces: Iterable[Piece], device: str) -> Iterator[Piece]:
-    plan = todo[0].plan
-    algorithm, params = plan.recipe.bound_algorithm()
-    with torch.inference_mode():
-        for piece in pieces:
-            if piece.action is None or piece.data is None:
-                yield piece
-                continue
-            _require_finite(plan, piece.shard, piece.action, piece.data)
-            needing = [destination for destination in todo if destination.needs(piece.shard)]
-            if piece.action.kind == COPY:
-                copied = {piece.action.part.name: raw_bytes(piece.data)}
-                outputs = tuple((destination, copied) for destination in needing)
-            else:
-                q = algorithm.quantize(piece.data.to(device), None, plan.scheme, params)  # once; packed once per layout
-                outputs = tuple((destination, _packed(destination, piece.action.module, q)) for destination in needing)
-            yield Piece(piece.shard, piece.action, None, piece.offset, outputs=outputs, source_bytes=piece.data.nbytes)
+    """Several tensors at a time, one thread each. One thread a core on one tensor loses at every barrier while the other
+
+    stages run: rounding 0.55B weights on two cores took 2.7 s so, and 1.6 s with two tensors at a time.
+    """
+    algorithm, params = todo[0].plan.recipe.bound_algorithm()
+    workers, threads = (WORKERS if device == "cpu" else 1), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        yield from concurrently(pieces, lambda piece: _made(todo, piece, device, algorithm, params), workers)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _made(todo: Sequence[Destination], piece: Piece, device: str, algorithm: Algorithm, params: Any) -> Piece:
+    """One piece with its outputs: quantized once, packed once per layout; or copied."""
+    if piece.action is None or piece.data is None:
+        return piece
+    plan, action = todo[0].plan, piece.action
+    _require_finite(plan, piece.shard, action, piece.data)
+    needing = [destination for destination in todo if destination.needs(piece.shard)]
+    if action.kind == COPY:
+        copied = {action.part.name: raw_bytes(piece.data)}
+        outputs = tuple((destination, copied) for destination in needing)
+    else:
+        q = algorithm.quantize(piece.data.to(device), None, plan.scheme, params)
+        outputs = tuple((destination, _packed(destination, action.module, q)) for destination in needing)
+    return replace(piece, data=None, outputs=outputs, source_bytes=piece.data.nbytes)
 
 
 def _packed(destination: Destination, module: str, q: Any) -> dict[str, memoryview]:

@@ -126,7 +126,7 @@ def build_header(
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as they stand in a file."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy().data)
 
 
 class ShardWriter:

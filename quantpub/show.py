@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from quantpub.output import Output
@@ -19,7 +20,18 @@ def name_of(source: dict[str, Any]) -> str:
     return f"{source['repo']}@{source['commit'][:7]}" if source["kind"] == "hub" else str(source["name"])
 
 
-def show_plan(out: Output, facts: dict[str, Any]) -> None:
+def show_names(out: Output, rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, summary in rows.items():
+        out.line(f"{name:<{width}}  {summary}")
+
+
+def show_plans(out: Output, plans: list[dict[str, Any]]) -> None:
+    for facts in plans:
+        _show_plan(out, facts)
+
+
+def _show_plan(out: Output, facts: dict[str, Any]) -> None:
     out.line(f"{name_of(facts['model'])} → {facts['recipe']} ({facts['scheme']}) as {facts['layout']}")
     copied = ", ".join(f"{count} {role}" for role, count in facts["copied"].items())
     out.line(f"  tensors          {facts['quantized']} quantized, copied: {copied or 'none'}; {facts['shards']} shards")
@@ -50,7 +62,12 @@ def show_plan(out: Output, facts: dict[str, Any]) -> None:
         out.table("", ["tensor", "dtype", "shape", "action", "becomes, or why not"], rows)
 
 
-def show_quantized(out: Output, report: dict[str, Any]) -> None:
+def show_quantized(out: Output, reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        _show_quantized(out, report)
+
+
+def _show_quantized(out: Output, report: dict[str, Any]) -> None:
     if not report["changed"]:
         out.line(f"nothing to do: {report['artifact']} is finished, and every shard has its sha256")
         return
@@ -79,6 +96,10 @@ def show_profile(out: Output, evidence: dict[str, Any]) -> None:
     for kernel in evidence["kernels"]:
         if kernel["unavailable"]:
             out.line(f"  {kernel['name']}: not measured, {kernel['unavailable']}")
+    for cell in evidence["not_measured"]:
+        out.line(
+            f"  {cell['kernel']} on {cell['gemm']}, M = {', '.join(map(str, cell['m']))}: not measured, {cell['reason']}"
+        )
     out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
 
 
@@ -87,10 +108,8 @@ def show_eval(out: Output, evidence: dict[str, Any]) -> None:
         error = "" if value.get("stderr") is None else f" ± {value['stderr']:.{digits}f}"
         return f"{value['mean']:.{digits}f}{error}"
 
-    perplexity = evidence["perplexity"]
-    out.line(
-        f"  perplexity  {figure(perplexity['artifact'], 4)}, base {figure(perplexity['base'], 4)}, ratio {figure(perplexity['ratio'], 4)}"
-    )
+    artifact, base, ratio = (figure(evidence["perplexity"][key], 4) for key in ("artifact", "base", "ratio"))
+    out.line(f"  perplexity  {artifact}, base {base}, ratio {ratio}")
     out.line(f"  KL to base  {figure(evidence['kl'], 5)} nats per token")
     out.line(f"  top-1       {figure(evidence['top1'], 4)} of the base's first choices")
     out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
@@ -104,3 +123,20 @@ def show_published(out: Output, report: dict[str, Any], rehearsed: bool) -> None
     )
     if report.get("verified"):
         out.line("  read back and compared: every file has the artifact's sha256")
+
+
+def show_demo(out: Output, report: dict[str, Any], folder: Path) -> None:
+    made, checked, quality = report["quantize"], report["verify"], report["eval"]
+    ratio = quality["perplexity"]["ratio"]["mean"]
+    sizes = f"{size(made['source_bytes'])} → {size(made['output_bytes'])}"
+    out.line(f"  quantized  {sizes}, {made['quantized']} of {made['tensors']} tensors")
+    out.line(f"  verified   {checked['verdict']}; worst tensor {checked['sqnr_db']['min']:.1f} dB SQNR")
+    out.line(f"  profiled   gate {report['profile']['gate']}: {report['profile']['reason']}")
+    out.line(
+        f"  evaluated  KL {quality['kl']['mean']:.4f} nats per token, perplexity × {ratio:.4f}; gate {quality['verdict']['gate']}"
+    )
+    out.line(f"  rehearsed  {len(report['publish']['files'])} files in one commit, read back and compared")
+    out.line()
+    out.line(f"artifact  {folder}")
+    out.line(f"card      {folder / 'README.md'}")
+    out.line(f"plots     {folder / '.quantpub' / 'plots'}")

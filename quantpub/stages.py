@@ -1,13 +1,59 @@
-"""Bounded stages: generators chained so that each runs in a thread of its own, a limited number of bytes ahead."""
+"""Bounded stages: generators chained so that each runs in a thread of its own, a limited number of bytes ahead; and one
+that works on several items at once but hands them on in order.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Line(Generic[T]):
+    """What one thread has made and the next has not taken: at most `limit` bytes, or one item."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._waiting = limit, 0
+        self._items: deque[tuple[T, int]] = deque()
+        self._state = threading.Condition()
+        self._closed = self._stopped = False
+        self.failure: BaseException | None = None
+
+    def put(self, item: T, size: int) -> bool:
+        """Wait for room; False when nobody takes items any more."""
+        with self._state:
+            self._state.wait_for(lambda: self._stopped or not self._items or self._waiting + size <= self._limit)
+            if not self._stopped:
+                self._items.append((item, size))
+                self._waiting += size
+                self._state.notify_all()
+            return not self._stopped
+
+    def take(self) -> list[T]:
+        """The next item, or nothing when the maker is done."""
+        with self._state:
+            self._state.wait_for(lambda: bool(self._items) or self._closed)
+            if not self._items:
+                return []
+            item, size = self._items.popleft()
+            self._waiting -= size
+            self._state.notify_all()
+            return [item]
+
+    def close(self) -> None:
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+
+    def stop(self) -> None:
+        with self._state:
+            self._stopped = True
+            self._state.notify_all()
 
 
 def background(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Generator[T, None, None]:
@@ -15,47 +61,41 @@ def background(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Ge
 
     An exception there is raised here, in its place. Leaving the loop early stops the thread before its next item.
     """
-    ready: deque[tuple[T, int]] = deque()
-    state = threading.Condition()
-    waiting, done, stopped = 0, False, False
-    failure: BaseException | None = None
-
-    def produce() -> None:
-        nonlocal waiting, done, failure
-        try:
-            for item in items:
-                size = nbytes(item)
-                with state:
-                    state.wait_for(lambda size=size: stopped or not ready or waiting + size <= limit)  # type: ignore[misc]
-                    if stopped:
-                        return
-                    ready.append((item, size))
-                    waiting += size
-                    state.notify_all()
-        except BaseException as error:
-            failure = error
-        finally:
-            with state:
-                done = True
-                state.notify_all()
-
-    thread = threading.Thread(target=produce, daemon=True)
+    line: _Line[T] = _Line(limit)
+    thread = threading.Thread(target=_fill, args=(line, items, nbytes), daemon=True)
     thread.start()
     try:
-        while True:
-            with state:
-                state.wait_for(lambda: bool(ready) or done)
-                if not ready:
-                    break
-                item, size = ready.popleft()
-                waiting -= size
-                state.notify_all()
-            yield item
-            del item
-        if failure is not None:
-            raise failure
+        while taken := line.take():
+            yield taken.pop()
+        if line.failure is not None:
+            raise line.failure
     finally:
-        with state:
-            stopped = True
-            state.notify_all()
+        line.stop()
         thread.join()
+
+
+def _fill(line: _Line[T], items: Iterable[T], nbytes: Callable[[T], int]) -> None:
+    try:
+        for item in items:
+            if not line.put(item, nbytes(item)):
+                return
+    except BaseException as error:
+        line.failure = error
+    finally:
+        line.close()
+
+
+def concurrently(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
+    """`work` on up to `workers` items at a time, results in the order of the items. The first exception ends it."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(work, item))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()

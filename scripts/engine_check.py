@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-KERNEL = re.compile(r"(Using \w+Kernel for [\w-]+|Selected \w+ for \w+|Using \w+ (?:Fp8 )?MoE backend|Using '?\w+'? \w+ MoE backend[^\n]*)")
+KERNEL = re.compile(
+    r"(Using \w+Kernel for [\w-]+|Selected \w+ for \w+|Using \w+ (?:Fp8 )?MoE backend|Using '?\w+'? \w+ MoE backend[^\n]*)"
+)
 
 
 def inside(folder: str, tokens: Path) -> None:
@@ -25,8 +27,15 @@ def inside(folder: str, tokens: Path) -> None:
     from vllm import LLM, SamplingParams
 
     windows = json.loads(tokens.read_text())
-    llm = LLM(folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=1024, gpu_memory_utilization=0.3, dtype="bfloat16",
-              enable_prefix_caching=False)
+    llm = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=1024,
+        gpu_memory_utilization=0.3,
+        dtype="bfloat16",
+        enable_prefix_caching=False,
+    )
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
     rows = []
     for ids, answer in zip(windows, llm.generate([{"prompt_token_ids": ids} for ids in windows], params), strict=True):
@@ -38,15 +47,27 @@ def inside(folder: str, tokens: Path) -> None:
 
 def measure(folder: str, tokens: Path, disabled: str) -> dict[str, Any]:
     env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_DISABLED_KERNELS": disabled}
-    done = subprocess.run([sys.executable, __file__, "--inside", folder, tokens], env=env, capture_output=True, text=True, cwd="/", check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--inside", folder, tokens],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+    )
     log = done.stdout + done.stderr
     result = re.search(r"^RESULT (.*)$", log, re.M)
     if not result:
         return {"failed": log[-1500:]}
     rows = json.loads(result[1])
     mean = -sum(row[0] for row in rows) / len(rows)
-    return {"perplexity": math.exp(mean), "tokens": len(rows), "best": [row[1] for row in rows],
-            "kernels": sorted(set(KERNEL.findall(log))), "disabled": disabled or None}
+    return {
+        "perplexity": math.exp(mean),
+        "tokens": len(rows),
+        "best": [row[1] for row in rows],
+        "kernels": sorted(set(KERNEL.findall(log))),
+        "disabled": disabled or None,
+    }
 
 
 def main() -> None:
@@ -62,8 +83,15 @@ def main() -> None:
         best = value.pop("best", None)
         if base and best:
             value["top1_agreement"] = sum(a == b for a, b in zip(base, best, strict=True)) / len(base)
-    versions = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")}
-    gpu = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    versions = {
+        name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")
+    }
+    gpu = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     out.write_text(json.dumps({"versions": versions, "gpu": gpu.stdout.strip(), "checkpoints": found}, indent=2) + "\n")
 
 

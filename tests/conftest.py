@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -30,12 +32,36 @@ class Ran:
         return value
 
 
-def run_cli(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
-    """The console script in a process of its own, without a network."""
+def run_cli(*args: object, cwd: Path | None = None) -> Ran:
+    """The command line, entered as its console script enters it, in this process: no import is paid for again."""
+    from quantpub import cli
+
+    text, talk, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(talk),
+        contextlib.chdir(cwd or ROOT),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["quantpub", *map(str, args)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Ran(code, text.getvalue(), talk.getvalue())
+
+
+def spawn_cli(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
+    """The command line in a process of its own, without a network."""
     command = [sys.executable, "-m", "quantpub.cli", *map(str, args)]
     done = subprocess.run(
-        command, cwd=cwd or ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **OFFLINE, **(env or {})},
-        capture_output=True, text=True, timeout=240, check=False,
+        command,
+        cwd=cwd or ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **OFFLINE, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

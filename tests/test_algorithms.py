@@ -15,7 +15,12 @@ from quantpub.scheme import PRESETS, Scheme, preset
 from quantpub.stats import Stats
 
 G4 = preset("W4A16", 4)
-PAIRS = [(name, scheme) for name in ALGORITHMS for scheme in PRESETS if load(ALGORITHMS, "algorithm", name).reject(PRESETS[scheme]) is None]
+PAIRS = [
+    (name, scheme)
+    for name in ALGORITHMS
+    for scheme in PRESETS
+    if load(ALGORITHMS, "algorithm", name).reject(PRESETS[scheme]) is None
+]
 
 
 def weights(n: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -65,10 +70,17 @@ def test_fp8_equals_compressed_tensors() -> None:
 
 
 @pytest.mark.parametrize(("name", "scheme"), PAIRS)
-@settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 9), groups=st.integers(1, 4), seed=st.integers(0, 2**31),
-       dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), power=st.integers(-12, 6))
-def test_codes_in_range_scales_stored_and_error_bounded(name: str, scheme: str, n: int, groups: int, seed: int, dtype: torch.dtype, power: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    power=st.integers(-12, 6),
+)
+def test_codes_in_range_scales_stored_and_error_bounded(
+    name: str, scheme: str, n: int, groups: int, seed: int, dtype: torch.dtype, power: int
+) -> None:
     algorithm = load(ALGORITHMS, "algorithm", name)
     chosen: Scheme = preset(scheme, 32) if scheme == "W4A16" else PRESETS[scheme]
     w = (weights(n, 32 * groups, seed, torch.float32) * 2.0**power).to(dtype)
@@ -77,8 +89,12 @@ def test_codes_in_range_scales_stored_and_error_bounded(name: str, scheme: str, 
     assert q.scale.dtype == dtype
     assert bool(torch.isfinite(q.scale.float()).all()) and bool((q.scale != 0).all())
     assert q.codes_NK.float().min() >= number.low and q.codes_NK.float().max() <= number.high
-    baseline = fp8.quantize(w, None, chosen, fp8.Params()) if name == "fp8" else rtn.quantize(w, None, chosen, rtn.Params())
-    assert (error(w, q) <= error(w, baseline) * (1 + 1e-5) + 1e-30).all()
+    baseline = (
+        fp8.quantize(w, None, chosen, fp8.Params()) if name == "fp8" else rtn.quantize(w, None, chosen, rtn.Params())
+    )
+    assert (
+        error(w, q) <= error(w, baseline) * (1 + 1e-5) + 1e-30
+    ).all()  # never worse than plain rounding, group by group
 
 
 def test_search_comes_close_to_brute_force() -> None:
@@ -135,7 +151,10 @@ def test_row_blocks_join_to_the_whole(name: str, scheme: str) -> None:
         assert torch.equal(part.scale, whole.scale[row : row + 1])
 
 
-@pytest.mark.parametrize(("name", "scheme", "word"), [("rtn", "FP8_DYNAMIC", "integer"), ("search", "FP8_DYNAMIC", "integer"), ("fp8", "W4A16", "FP8")])
+@pytest.mark.parametrize(
+    ("name", "scheme", "word"),
+    [("rtn", "FP8_DYNAMIC", "integer"), ("search", "FP8_DYNAMIC", "integer"), ("fp8", "W4A16", "FP8")],
+)
 def test_an_algorithm_refuses_a_foreign_scheme(name: str, scheme: str, word: str) -> None:
     assert word in load(ALGORITHMS, "algorithm", name).reject(PRESETS[scheme])
 

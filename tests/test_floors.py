@@ -11,12 +11,28 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "quantpub"
 FLOORS = {
-    0: ["errors", "env", "files", "registry", "stages", "output"],
+    0: ["errors", "env", "files", "memory", "registry", "stages", "output"],
     1: ["scheme", "families", "targets"],
     2: ["qtensor", "stats", "transforms", "algorithms", "layouts"],
     3: ["recipe", "recipe_files", "checkpoint", "sources", "shards", "plan", "artifact", "evidence", "decode", "gemms"],
-    4: ["observe", "destination", "quantize", "repack", "verify", "kernels", "profile", "timing", "engines", "evaluate", "bench",
-        "card", "plots", "publish", "hub", "forward"],
+    4: [
+        "observe",
+        "destination",
+        "quantize",
+        "repack",
+        "verify",
+        "kernels",
+        "profile",
+        "timing",
+        "engines",
+        "evaluate",
+        "bench",
+        "card",
+        "plots",
+        "publish",
+        "hub",
+        "forward",
+    ],
     5: ["release", "demo"],
     6: ["cli", "show", "listing"],
 }
@@ -52,7 +68,9 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" if node.module == "quantpub" else str(node.module) for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "quantpub" else str(node.module) for alias in node.names
+            }
     return found
 
 
@@ -66,7 +84,9 @@ def test_a_module_imports_only_from_floors_below(path: Path) -> None:
             continue
         other = parts[1]
         assert other in FLOOR_OF, f"{name} imports {other}, which has no floor"
-        assert FLOOR_OF[other] <= FLOOR_OF[name], f"{name} (floor {FLOOR_OF[name]}) imports {other} (floor {FLOOR_OF[other]})"
+        assert FLOOR_OF[other] <= FLOOR_OF[name], (
+            f"{name} (floor {FLOOR_OF[name]}) imports {other} (floor {FLOOR_OF[other]})"
+        )
         if name in STAGES and other in STAGES:
             assert other == name, f"stage {name} imports stage {other}: stages meet in the artifact"
 
@@ -82,14 +102,18 @@ def test_algorithms_and_layouts_do_not_import_each_other_and_touch_no_file(folde
     for path in (PACKAGE / folder).glob("*.py"):
         others = {p.stem for p in (PACKAGE / folder).glob("*.py")} - {"base", "__init__", path.stem}
         assert not {i.split(".")[-1] for i in imports(path) if i.startswith(f"quantpub.{folder}.")} & others
-        calls = {n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        calls = {
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not calls & {"open", "print"}
         attributes = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
         assert not attributes & {"cuda", "open", "read_bytes", "write_bytes"}
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, quantpub.cli, quantpub.listing; [f() for f in quantpub.listing.LISTS.values()]; print('torch' in sys.modules)"
+    code = "import sys, quantpub.cli, quantpub.listing as l; [f() for f in l.LISTS.values()]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_artifact, run_cli, save_llama, tree
+from conftest import make_artifact, save_llama, spawn_cli, tree
 
 from quantpub.hub import LoopbackHub
 
@@ -24,7 +24,13 @@ def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
 
 
 def client(hub: LoopbackHub, tmp_path: Path, **more: str) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "0", **more}
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HUB_OFFLINE": "0",
+        **more,
+    }
 
 
 def fetched(hub: LoopbackHub, suffix: str) -> list[str]:
@@ -34,56 +40,89 @@ def fetched(hub: LoopbackHub, suffix: str) -> list[str]:
 def test_quantize_from_the_hub_records_the_commit_and_equals_a_local_run(hub: LoopbackHub, tmp_path: Path) -> None:
     pinned = hub.head(REPO)
     hub.commit(REPO, {"config.json": b"{}"}, title="Somebody breaks main")
-    ran = run_cli("quantize", REPO, "--revision", "v1", "-r", "w4a16", "--engine", "vllm", "-o", tmp_path / "out", env=client(hub, tmp_path))
+    ran = spawn_cli(
+        "quantize",
+        REPO,
+        "--revision",
+        "v1",
+        "-r",
+        "w4a16",
+        "--engine",
+        "vllm",
+        "-o",
+        tmp_path / "out",
+        env=client(hub, tmp_path),
+    )
     assert ran.code == 0, ran.err
     run = json.loads((tmp_path / "out/.quantpub/run.json").read_text())
-    assert run["source"] == {"kind": "hub", "repo": REPO, "commit": pinned, "gated": False, "license": "apache-2.0", "language": ["en"]}
+    assert run["source"] == {
+        "kind": "hub",
+        "repo": REPO,
+        "commit": pinned,
+        "gated": False,
+        "license": "apache-2.0",
+        "language": ["en"],
+    }
     local = tree(make_artifact(tmp_path / "m", "w4a16", tmp_path / "local"))
     ours = tree(tmp_path / "out")
-    assert {n: b for n, b in ours.items() if not n.startswith(".quantpub")} == {n: b for n, b in local.items() if not n.startswith(".quantpub")}
+    assert {n: b for n, b in ours.items() if not n.startswith(".quantpub")} == {
+        n: b for n, b in local.items() if not n.startswith(".quantpub")
+    }
 
 
+@pytest.mark.slow
 def test_plan_reads_headers_only(hub: LoopbackHub, tmp_path: Path) -> None:
-    ran = run_cli("plan", REPO, "-r", "w4a16", "--json", env=client(hub, tmp_path))
+    ran = spawn_cli("plan", REPO, "-r", "w4a16", "--json", env=client(hub, tmp_path))
     assert ran.code == 0, ran.err
-    local = run_cli("plan", tmp_path / "m", "-r", "w4a16", "--json").json()["plans"][0]
+    local = spawn_cli("plan", tmp_path / "m", "-r", "w4a16", "--json").json()["plans"][0]
     found = ran.json()["plans"][0]
     assert {k: v for k, v in found.items() if k != "model"} == {k: v for k, v in local.items() if k != "model"}
     assert not list((tmp_path / "hf-home").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_at_the_same_commit(hub: LoopbackHub, tmp_path: Path) -> None:
     env = client(hub, tmp_path)
-    killed = run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env | {"QUANTPUB_CRASH_AT": "journaled:2"})
+    killed = spawn_cli(
+        "quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env | {"QUANTPUB_CRASH_AT": "journaled:2"}
+    )
     assert killed.code == -9
-    again = run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", "--json", env=env)
+    again = spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", "--json", env=env)
     assert again.code == 0, again.err
     assert again.json()["shards_resumed"] == 2
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    ((REPO, "--revision", "nowhere"), 3, "no revision 'nowhere'"), (("acme/other",), 4, "no such model on the Hub"),
-])
-def test_a_wrong_id_or_revision_is_one_line(hub: LoopbackHub, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
-    ran = run_cli("quantize", *arguments, "-r", "w4a16", "-o", tmp_path / "out", env=client(hub, tmp_path))
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((REPO, "--revision", "nowhere"), 3, "no revision 'nowhere'"),
+        (("acme/other",), 4, "no such model on the Hub"),
+    ],
+)
+def test_a_wrong_id_or_revision_is_one_line(
+    hub: LoopbackHub, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    ran = spawn_cli("quantize", *arguments, "-r", "w4a16", "-o", tmp_path / "out", env=client(hub, tmp_path))
     assert (ran.code, ran.err.count("\n")) == (code, 1), ran.err
     assert words in ran.err
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_offline_and_unreachable_are_one_line(tmp_path: Path) -> None:
-    offline = run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env={"HF_HUB_OFFLINE": "1"})
+    offline = spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env={"HF_HUB_OFFLINE": "1"})
     assert (offline.code, offline.err.count("\n")) == (6, 1), offline.err
     assert "HF_HUB_OFFLINE is set" in offline.err
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    nobody = run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env)
+    nobody = spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env)
     assert (nobody.code, nobody.err.count("\n")) == (6, 1), nobody.err
 
 
+@pytest.mark.slow
 def test_verify_reads_the_source_at_the_recorded_commit(hub: LoopbackHub, tmp_path: Path) -> None:
     env = client(hub, tmp_path)
-    assert run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env).code == 0
+    assert spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env).code == 0
     hub.commit(REPO, {"config.json": b"{}"}, title="Somebody breaks main")
-    ran = run_cli("verify", tmp_path / "out", "--source", REPO, env=env)
+    ran = spawn_cli("verify", tmp_path / "out", "--source", REPO, env=env)
     assert ran.code == 0, ran.err
     assert "verdict: passed" in ran.out

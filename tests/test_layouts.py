@@ -34,9 +34,16 @@ def random_q(scheme: Scheme, n: int, k: int, dtype: torch.dtype, seed: int) -> Q
 
 @pytest.mark.parametrize(("layout_name", "scheme_name"), ALL)
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 300), group=st.sampled_from([WHOLE, 8, 16, 32, 64, 128]), dtype=dtypes,
-       seed=st.integers(0, 2**31))
-def test_lossless_or_rejected(layout_name: str, scheme_name: str, n: int, k: int, group: int, dtype: torch.dtype, seed: int) -> None:
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 300),
+    group=st.sampled_from([WHOLE, 8, 16, 32, 64, 128]),
+    dtype=dtypes,
+    seed=st.integers(0, 2**31),
+)
+def test_lossless_or_rejected(
+    layout_name: str, scheme_name: str, n: int, k: int, group: int, dtype: torch.dtype, seed: int
+) -> None:
     layout: Layout = load(LAYOUTS, "layout", layout_name)
     scheme = preset(scheme_name, group)
     reason = layout.reject(scheme, n, k)
@@ -47,7 +54,9 @@ def test_lossless_or_rejected(layout_name: str, scheme_name: str, n: int, k: int
     tensors = layout.pack(q)
     assert same(layout.unpack(tensors, scheme), q)
     spec = layout.spec(scheme, n, k, next(name for name, d in DTYPES.items() if d == dtype))
-    assert {s: (DTYPES[d], shape) for s, (d, shape) in spec.items()} == {s: (t.dtype, tuple(t.shape)) for s, t in tensors.items()}
+    assert {s: (DTYPES[d], shape) for s, (d, shape) in spec.items()} == {
+        s: (t.dtype, tuple(t.shape)) for s, t in tensors.items()
+    }
 
 
 @pytest.mark.parametrize(("layout_name", "scheme_name"), ALL)
@@ -96,9 +105,15 @@ def test_dequantize_fp8_by_hand() -> None:
     assert torch.equal(dequantize(QTensor(scheme, codes, scale)), torch.tensor([[224.0, -0.0078125], [3.0, 4.0]]))
 
 
-@pytest.mark.parametrize(("n", "k", "group", "reason"), [
-    (64, 100, 128, "multiple of 8"), (64, 136, 128, "group size 128"), (64, 128, 128, None), (3, 8, WHOLE, None),
-])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "reason"),
+    [
+        (64, 100, 128, "multiple of 8"),
+        (64, 136, 128, "group size 128"),
+        (64, 128, 128, None),
+        (3, 8, WHOLE, None),
+    ],
+)
 def test_pack_rejects_with_a_reason(n: int, k: int, group: int, reason: str | None) -> None:
     layout: Layout = load(LAYOUTS, "layout", "ct-pack")
     found = layout.reject(preset("W4A16", group), n, k)

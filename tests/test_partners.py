@@ -23,13 +23,20 @@ NEWEST = Path(sys.prefix) / "ct-newest"
 def our_digests(folder: Path) -> dict[str, str]:
     decoder = Decoder(Artifact.open(folder))
     weights = {module: dequantize(decoder.qtensor(module)).bfloat16() for module, _ in decoder.modules()}
-    return {m: hashlib.sha256(w.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for m, w in weights.items()}
+    return {
+        m: hashlib.sha256(w.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for m, w in weights.items()
+    }
 
 
 def their_digests(folder: Path, site: Path | None) -> dict[str, object]:
     path = {"PYTHONPATH": str(site)} if site else {}
-    done = subprocess.run([sys.executable, ROOT / "tests/partners/ct_decompress.py", folder], env={**os.environ, **path},
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/partners/ct_decompress.py", folder],
+        env={**os.environ, **path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     value: dict[str, object] = json.loads(done.stdout)
     return value
 
@@ -64,8 +71,18 @@ def test_every_expert_is_quantized_and_the_router_is_not(tmp_path: Path) -> None
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(vocab_size=64, hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=2,
-                            num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_experts=4, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
     artifact = make_artifact(tmp_path / "moe", "w4a16", tmp_path / "out")
     modules = [module for module, _ in Decoder(Artifact.open(artifact)).modules()]

@@ -37,9 +37,13 @@ def test_sizes_are_exact_to_the_byte(tmp_path: Path, recipe: str) -> None:
     model = save_llama(tmp_path / "m")
     plan = plan_of(model, recipe)
     out = make_artifact(model, recipe, tmp_path / "out")
-    assert {shard: plan.shard_bytes(shard) for shard in plan.shards} == {shard: (out / shard).stat().st_size for shard in plan.shards}
+    assert {shard: plan.shard_bytes(shard) for shard in plan.shards} == {
+        shard: (out / shard).stat().st_size for shard in plan.shards
+    }
     assert summary(plan)["output_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    written = {name: (info.dtype, info.shape) for shard in plan.shards for name, info in read_header(out / shard)[0].items()}
+    written = {
+        name: (info.dtype, info.shape) for shard in plan.shards for name, info in read_header(out / shard)[0].items()
+    }
     assert written == {name: spec for shard in plan.shards for name, spec in plan.outputs(shard).items()}
 
 
@@ -50,7 +54,8 @@ def test_bits_per_weight_by_hand() -> None:
     assert facts["quantized_parameters"] == weights
     assert facts["bits_per_quantized_weight"] == pytest.approx(4.125 + 28 * 128 / weights, abs=1e-4)
     assert summary(plan_of(DEMO_MODEL, "fp8-dynamic"))["bits_per_quantized_weight"] == pytest.approx(
-        8 + 4 * (128 * 2 + 64 * 2 + 384 * 2 + 128) * 16 / weights, abs=1e-4)
+        8 + 4 * (128 * 2 + 64 * 2 + 384 * 2 + 128) * 16 / weights, abs=1e-4
+    )
 
 
 def test_the_plan_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +114,23 @@ def test_packed_experts_become_linears(tmp_path: Path) -> None:
     codes = load_file(out / "model.safetensors")
     w, name = gate_up[1, inner:], f"{at}1.up_proj.weight"
     scale = (w.float().abs().amax(1, keepdim=True) / 448).bfloat16()
-    assert torch.equal(codes[name].view(torch.uint8), (w.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+    assert torch.equal(
+        codes[name].view(torch.uint8),
+        (w.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8),
+    )
     assert codes[f"{at}2.down_proj.weight"].shape == (hidden, inner)
 
 
-@pytest.mark.parametrize(("entry", "module", "expected"), [
-    ("lm_head", "lm_head", True), ("lm_head", "model.lm_head", False), ("re:.*v_proj", "model.layers.0.self_attn.v_proj", True),
-    ("re:.*v_proj", "model.layers.0.self_attn.qkv_projx", False), ("re:v_proj", "model.layers.0.self_attn.v_proj", False),
-])
+@pytest.mark.parametrize(
+    ("entry", "module", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "model.lm_head", False),
+        ("re:.*v_proj", "model.layers.0.self_attn.v_proj", True),
+        ("re:.*v_proj", "model.layers.0.self_attn.qkv_projx", False),
+        ("re:v_proj", "model.layers.0.self_attn.v_proj", False),
+    ],
+)
 def test_ignore_entries_match_whole_names(entry: str, module: str, expected: bool) -> None:
     assert ignores((entry,), module) is expected
 
@@ -126,8 +140,18 @@ def test_ignored_names_are_in_natural_order() -> None:
 
 
 FAMILY_CONFIGS = {
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "granite": {}, "olmo2": {},
-    "smollm3": {"pad_token_id": 0}, "phi3": {"pad_token_id": 0}, "mixtral": {"num_local_experts": 4},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "granite": {},
+    "olmo2": {},
+    "smollm3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
 }
@@ -139,8 +163,17 @@ def test_families_know_what_transformers_saves(model_type: str, tmp_path: Path) 
     """Every tensor transformers writes for a tiny model has a role, and every nn.Linear but head and routers is a linear."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, **FAMILY_CONFIGS[model_type])
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        **FAMILY_CONFIGS[model_type],
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     names = [name for shard in tmp_path.glob("*.safetensors") for name in load_file(shard)]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from quantpub.artifact import SUMS, Artifact
-from quantpub.errors import AuthError, ConflictError, InputError, QuantpubError, UnavailableError, UsageError
+from quantpub.errors import AuthError, ConflictError, GateError, InputError, QuantpubError, UnavailableError, UsageError
 from quantpub.hub import LoopbackHub
 from quantpub.publish import PublishResult, failures, publish, rehearse, remote
 from quantpub.publish.headers import header_problem, read_header
@@ -816,3 +816,23 @@ def test_killed_at_any_request_a_rerun_ends_at_the_plan_with_one_commit(
     assert child[0].wait(60) == -signal.SIGKILL
     push(hub, artifact)
     assert held(hub) == digests(artifact.path) and len(hub.history(REPO)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("eval.json", {"gate": "failed", "reason": "KL 0.2 is over 0.05"}),
+        ("profile.json", {"gate": "failed", "reason": "7.9 times slower"}),
+        ("verify.json", "failed"),
+    ],
+)
+def test_a_failed_gate_is_not_published(hub: LoopbackHub, artifact: Artifact, name: str, verdict: object) -> None:
+    edit(artifact, f".quantpub/{name}", json.dumps({"verdict": verdict}))
+    with pytest.raises(GateError, match=name):
+        publish(artifact, REPO, endpoint=hub.endpoint, token=hub.token)
+    assert not [entry for entry in hub.log if entry.method != "GET"]
+
+
+def test_what_was_not_proven_is_published(hub: LoopbackHub, artifact: Artifact) -> None:
+    edit(artifact, ".quantpub/profile.json", json.dumps({"verdict": {"gate": "not proven", "reason": "no GPU"}}))
+    assert publish(artifact, REPO, endpoint=hub.endpoint, token=hub.token).changed

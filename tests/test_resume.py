@@ -19,8 +19,13 @@ from quantpub.files import TEMPORARY
 def kill(model: Path, recipe: str, work: Path, *mode: str) -> dict[str, dict[str, int]]:
     work.mkdir()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, ROOT / "tests/partners/kill.py", model, recipe, work, *mode],
-                          capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/partners/kill.py", model, recipe, work, *mode],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     value: dict[str, dict[str, int]] = json.loads(done.stdout)
     return value
@@ -50,13 +55,21 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m")
     whole = make_artifact(model, "w4a16", tmp_path / "whole")
     part = Path(shutil.copytree(whole, tmp_path / "part"))
-    for name in ("config.json", "model.safetensors.index.json", ".quantpub/SHA256SUMS", "model-00003-of-00003.safetensors"):
+    for name in (
+        "config.json",
+        "model.safetensors.index.json",
+        ".quantpub/SHA256SUMS",
+        "model-00003-of-00003.safetensors",
+    ):
         (part / name).unlink()
     journal = part / ".quantpub/journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:2]) + lines[2][:20])  # the third line was being written
     (part / f"{TEMPORARY}model-00003-of-00003.safetensors").write_bytes(b"half")
-    kept = {name: (part / name).stat().st_ino for name in ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")}
+    kept = {
+        name: (part / name).stat().st_ino
+        for name in ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")
+    }
     make_artifact(model, "w4a16", part)
     assert tree(part) == tree(whole)
     assert {name: (part / name).stat().st_ino for name in kept} == kept
@@ -81,7 +94,10 @@ def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
     assert again.code == 0
     assert "nothing to do" in again.out
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()} == before
-    assert run_cli("quantize", DEMO_MODEL, "-r", "w4a16", "--engine", "vllm", "-o", out, "--json").json()["changed"] is False
+    assert (
+        run_cli("quantize", DEMO_MODEL, "-r", "w4a16", "--engine", "vllm", "-o", out, "--json").json()["changed"]
+        is False
+    )
 
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -113,7 +129,9 @@ def test_retrained_weights_of_the_same_shapes_are_another_source(tmp_path: Path)
         make_artifact(model, "w4a16", out)
 
 
-def test_a_full_disk_keeps_finished_shards_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_finished_shards_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     model = save_llama(tmp_path / "m")

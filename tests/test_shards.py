@@ -16,19 +16,25 @@ from quantpub.shards import DTYPES, NAMES, ShardWriter, build_header, raw_bytes,
 
 tensors = st.dictionaries(
     st.text("abcdefg._0123456789", min_size=1, max_size=12),
-    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=8,
+    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
+    min_size=1,
+    max_size=8,
 )
 
 
 def fill(dtype: str, shape: list[int], seed: int) -> torch.Tensor:
     count = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-    raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    raw = torch.randint(
+        0, 2 if dtype == "BOOL" else 256, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return raw.view(DTYPES[dtype]).view(shape)
 
 
 @settings(max_examples=60, deadline=None)
 @given(specs=tensors, seed=st.integers(0, 1000))
-def test_files_equal_the_librarys(tmp_path_factory: pytest.TempPathFactory, specs: dict[str, tuple[str, list[int]]], seed: int) -> None:
+def test_files_equal_the_librarys(
+    tmp_path_factory: pytest.TempPathFactory, specs: dict[str, tuple[str, list[int]]], seed: int
+) -> None:
     path = tmp_path_factory.mktemp("shard") / "model.safetensors"
     made = {name: fill(dtype, shape, seed + i) for i, (name, (dtype, shape)) in enumerate(specs.items())}
     writer = ShardWriter(path, {n: (NAMES[t.dtype], tuple(t.shape)) for n, t in made.items()}, {"format": "pt"})
@@ -62,14 +68,19 @@ def damaged(path: Path, change: str) -> bytes:
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     return {
-        "truncated": whole[:-10], "longer": whole + b"\0" * 10, "header cut": whole[: 8 + length // 2], "empty": b"",
+        "truncated": whole[:-10],
+        "longer": whole + b"\0" * 10,
+        "header cut": whole[: 8 + length // 2],
+        "empty": b"",
         "not json": whole[:8] + b"{" + b"x" * (length - 1) + whole[8 + length :],
         "huge header": (2**60).to_bytes(8, "little") + whole[8:],
         "wrong offsets": whole.replace(b"[0,", b"[4,"),
     }[change]
 
 
-@pytest.mark.parametrize("change", ["truncated", "longer", "header cut", "empty", "not json", "huge header", "wrong offsets"])
+@pytest.mark.parametrize(
+    "change", ["truncated", "longer", "header cut", "empty", "not json", "huge header", "wrong offsets"]
+)
 def test_damage_is_one_clear_error(tmp_path: Path, change: str) -> None:
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     good.write_bytes(save({"x": torch.ones(64), "y": torch.ones(3)}))

@@ -73,28 +73,47 @@ def test_a_sharded_artifact_passes(tmp_path: Path) -> None:
 
 
 PLANTED: dict[str, tuple[Callable[[Path], object], set[str]]] = {
-    "a byte of a shard flipped": (lambda a: (a / SHARD).write_bytes((a / SHARD).read_bytes()[:-1] + b"\x11"), {"files", "copies"}),
+    "a byte of a shard flipped": (
+        lambda a: (a / SHARD).write_bytes((a / SHARD).read_bytes()[:-1] + b"\x11"),
+        {"files", "copies"},
+    ),
     "a pickle beside it": (lambda a: ((a / "extra.bin").write_bytes(b""), reseal(a)), {"safe-files"}),
     "code beside it": (lambda a: ((a / "modeling.py").write_text(""), reseal(a)), {"safe-files"}),
     "nibbles swapped": (lambda a: rewrite(a, swap_nibbles), {"values"}),
     "scales off by one group": (lambda a: rewrite(a, shift_scales), {"values"}),
     "a scale of zero": (lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_scale"].view(-1)[0].zero_()), {"values"}),
     "half a tensor of zeros": (
-        lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_packed"][64:].fill_(-0x77777778)), {"values"}),
+        lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_packed"][64:].fill_(-0x77777778)),
+        {"values"},
+    ),
     "a copied tensor touched": (lambda a: rewrite(a, lambda t: t["model.norm.weight"].mul_(1.01)), {"copies"}),
     "a scale missing": (lambda a: rewrite(a, lambda t: t.pop(f"{DOWN}.weight_scale")), {"tensors", "bits", "values"}),
     "an extra tensor": (lambda a: rewrite(a, lambda t: t.update({"model.extra": torch.zeros(2)})), {"tensors", "bits"}),
     "a scale in another dtype": (
-        lambda a: rewrite(a, lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()})), {"tensors", "bits", "values"}),
+        lambda a: rewrite(a, lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()})),
+        {"tensors", "bits", "values"},
+    ),
     "an unknown key in the config": (
-        lambda a: edit_json(a, "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(zap=1)), {"config"}),
+        lambda a: edit_json(
+            a, "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(zap=1)
+        ),
+        {"config"},
+    ),
     "a quantized module in ignore": (
-        lambda a: edit_json(a, "config.json", lambda c: c["quantization_config"]["ignore"].append(DOWN)), {"config"}),
+        lambda a: edit_json(a, "config.json", lambda c: c["quantization_config"]["ignore"].append(DOWN)),
+        {"config"},
+    ),
     "a local path in the config": (
-        lambda a: edit_json(a, "config.json", lambda c: c.update(_name_or_path="/home/me/model")), {"config"}),  # noqa: S108
+        lambda a: edit_json(a, "config.json", lambda c: c.update(_name_or_path="/home/me/model")),
+        {"config"},
+    ),
     "another tokenizer": (lambda a: ((a / "tokenizer_config.json").write_text("{}"), reseal(a)), {"coverage"}),
     "declared bits that are not there": (
-        lambda a: edit_json(a, ".quantpub/run.json", lambda r: r["stages"]["quantize"].update(bits_per_quantized_weight=3.9)), {"bits"}),
+        lambda a: edit_json(
+            a, ".quantpub/run.json", lambda r: r["stages"]["quantize"].update(bits_per_quantized_weight=3.9)
+        ),
+        {"bits"},
+    ),
 }
 
 
@@ -112,7 +131,11 @@ def test_every_rule_has_a_planted_failure() -> None:
 def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m")
     out = make_artifact(model, "w4a16", tmp_path / "out")
-    edit_json(out, "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00003.safetensors"}))
+    edit_json(
+        out,
+        "model.safetensors.index.json",
+        lambda i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00003.safetensors"}),
+    )
     assert failing(out, str(model)) == {"index"}
 
 

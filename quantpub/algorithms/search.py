@@ -67,10 +67,15 @@ class _Groups:
         return self.dot(off_RGg, off_RGg)
 
 
+def _largest(groups: _Groups) -> torch.Tensor:
+    """The entry of largest magnitude of every group, with its sign."""
+    low_RG, high_RG = groups.w_RGg.amin(-1), groups.w_RGg.amax(-1)
+    return nonzero(torch.where(-low_RG > high_RG, low_RG, high_RG))
+
+
 def _candidates(groups: _Groups, params: Params) -> list[torch.Tensor]:
     """Scales that map the largest magnitude to `low` (opposite sign) or `high` (same sign), and shrunken ones."""
-    low_RG, high_RG = groups.w_RGg.amin(-1), groups.w_RGg.amax(-1)
-    largest_RG = nonzero(torch.where(-low_RG > high_RG, low_RG, high_RG))
+    largest_RG = _largest(groups)
     steps = torch.linspace(params.shrink, 1.0, params.grid).tolist()
     return [largest_RG * (step / end) for end in (groups.low, groups.high) for step in steps]
 
@@ -92,11 +97,12 @@ def _search(groups: _Groups, params: Params) -> torch.Tensor:
 
 
 def _stored(groups: _Groups, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The best of the nearest value in `dtype` and its two neighbours."""
+    """The best of the nearest value in `dtype`, its two neighbours, and plain rounding's scale: never worse than that."""
     nearest = nonzero(scale_RG.to(dtype))
-    up, down = (torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, -torch.inf))
+    neighbours = [torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, -torch.inf)]
+    plain = (_largest(groups).abs() / ((groups.high - groups.low) / 2)).to(dtype)
     best, least = nearest, groups.error(nearest.float())
-    for other in (nonzero(up), nonzero(down)):
+    for other in map(nonzero, (*neighbours, plain)):
         error = groups.error(other.float())
         best, least = torch.where(error < least, other, best), torch.minimum(error, least)
     return best

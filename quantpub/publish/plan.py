@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantpub.artifact import SUMS, Artifact
-from quantpub.errors import InputError
+from quantpub.errors import GateError, InputError
 from quantpub.files import sha256_file
-from quantpub.publish.refuse import refusals
+from quantpub.publish.refuse import failed_gates, refusals
 
 Action = Literal["add", "update", "unchanged", "delete"]
 KEPT_BY_THE_HUB = ".gitattributes"  # written by the Hub when a repository is made; says which files are LFS
@@ -67,13 +67,17 @@ class Change:
 
 
 def read_plan(artifact: Artifact) -> dict[str, LocalFile]:
-    """Every file to publish. Errors: InputError when something in the artifact may not be, or is damaged."""
+    """Every file to publish. Errors: InputError when something in the artifact may not be, or is damaged; GateError."""
     reasons = refusals(artifact)
     if reasons:
         raise InputError(
             "; ".join(reasons[:10]) + ("; …" if reasons[10:] else ""),
             where=str(artifact.path),
             next="mend or remove what is named, and run the stage that wrote it again",
+        )
+    if failed := failed_gates(artifact):
+        raise GateError(
+            "; ".join(failed), where=str(artifact.path), next="choose another recipe: a failed gate is not published"
         )
     damaged = artifact.damage()
     if damaged:

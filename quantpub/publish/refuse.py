@@ -121,3 +121,15 @@ def secrets_in(text: str) -> list[tuple[int, str]]:
         for kind, pattern in SECRETS.items()
         if pattern.search(line)
     ]
+
+
+def failed_gates(artifact: Artifact) -> list[str]:
+    """Every gate that the evidence says failed. What was not measured is stated on the card; what failed is not published."""
+    found = []
+    for name in ("verify.json", "profile.json", "eval.json"):
+        verdict = artifact.read_json(name).get("verdict") if artifact.has(name) else None
+        gate = verdict.get("gate") if isinstance(verdict, dict) else verdict
+        if gate == "failed":
+            reason = verdict.get("reason") if isinstance(verdict, dict) else "see its checks"
+            found.append(f"{name}: {reason}")
+    return found

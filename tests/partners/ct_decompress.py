@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as f:
-            for name in f.keys():
+            for name in f.keys():  # noqa: SIM118 - not a dict
                 if re.search(r"_proj\.weight(_packed|_scale|_shape)?$", name):
                     module, _, suffix = name.rpartition(".")
                     modules.setdefault(module, {})[suffix] = f.get_tensor(name)

@@ -61,7 +61,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def finish(out: Path, expected: dict[str, bytes], when: str) -> None:
-    if (out / "config.json").exists() and any(not (out / name).exists() for name in expected if name.endswith(".safetensors")):
+    if (out / "config.json").exists() and any(
+        not (out / name).exists() for name in expected if name.endswith(".safetensors")
+    ):
         raise SystemExit(f"{when}: config.json stood before the weights did")
     if died(child(out)):
         raise SystemExit(f"{when}: the second run died")

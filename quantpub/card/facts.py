@@ -1,0 +1,270 @@
+"""From evidence files to what the card's template shows. A figure that is in no evidence file has no way onto a card.
+
+Evidence of another version may lack a key: what is absent is left out, never filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantpub.artifact import Artifact
+from quantpub.card.components import Component, components
+from quantpub.card.limits import limits
+from quantpub.errors import InputError
+from quantpub.plots import speedups, sqnr
+from quantpub.targets import TARGETS
+
+STAGES = ("verify", "profile", "eval")
+LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENCE_FILES = ("license", "licence", "notice", "use_policy")
+CPU = "Timed on a CPU: it says nothing of the serving engine's kernels."
+Facts = dict[str, Any]
+
+
+def facts(artifact: Artifact, repo_id: str | None) -> Facts:
+    """Everything the template needs. Errors: InputError when an evidence file is damaged."""
+    run = artifact.run()
+    evidence = {stage: read(artifact, stage) for stage in STAGES}
+    parts = components(artifact)
+    source, made = run["source"], run["stages"]["quantize"]
+    name = repo_id.split("/")[-1] if repo_id else f"{base_name(source).split('/')[-1]}-{run['recipe']}"
+    found = {
+        "name": name,
+        "reference": repo_id or f"./{name}",
+        "repo_id": repo_id,
+        "run": run,
+        "source": source,
+        "base": base_name(source),
+        "front": front_matter(artifact, run),
+        "summary": summary(artifact, run, made, parts),
+        "components": [_component(part) for part in parts],
+        "engines": engines(run),
+        "tensor_parallel": made.get("tensor_parallel", {}),
+        "recipe": (artifact.meta / "recipe.yaml").read_text().rstrip(),
+        "made": made,
+        "quality": quality(evidence["eval"]),
+        "speed": speed(evidence["profile"]),
+        "verification": verification(evidence["verify"]),
+        "licence": {key: source[key] for key in LICENCE_KEYS if source.get(key)},
+        "licence_files": [f for f in artifact.files() if f.lower().startswith(LICENCE_FILES)],
+    }
+    return found | {"headline": headline(found), "limits": limits(found)}
+
+
+def read(artifact: Artifact, stage: str) -> Facts | None:
+    """The evidence of a stage, or None where it was not run. Errors: InputError when it names no maker."""
+    if not artifact.has(f"{stage}.json"):
+        return None
+    evidence = artifact.read_json(f"{stage}.json")
+    if not evidence.get("made_by"):
+        raise InputError(
+            "it does not say what made it: no figure of it can be on a card",
+            where=str(artifact.meta / f"{stage}.json"),
+            next=f"run `quantpub {stage}` again",
+        )
+    return evidence
+
+
+def base_name(source: Mapping[str, Any]) -> str:
+    return str(source.get("repo") or source.get("name"))
+
+
+def front_matter(artifact: Artifact, run: Mapping[str, Any]) -> Facts:
+    """The metadata the Hub reads, in a fixed order, known values only: nothing is guessed, a licence least of all."""
+    source, config = run["source"], artifact.config()
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    scheme = run["scheme"]
+    tags = [
+        "quantized",
+        scheme["name"].lower().replace("_", "-"),
+        scheme["weight"]["num"].split("_")[0],
+        method,
+        *(engine for engine in run.get("engines", []) if engine != "transformers"),
+    ]
+    on_hub = {"base_model": source["repo"], "base_model_relation": "quantized"} if source["kind"] == "hub" else {}
+    copied = {key: source[key] for key in (*LICENCE_KEYS, "language") if source.get(key)}
+    return {
+        **on_hub,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **copied,
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
+    }
+
+
+def summary(artifact: Artifact, run: Facts, made: Facts, parts: list[Component]) -> list[tuple[str, str]]:
+    """The table at the top, as (label, value)."""
+    config = artifact.config().get("quantization_config") or {}
+    first = next((part for part in parts if part.activations != "–"), None)
+    rows = [("Base model", _base(run["source"])), ("Scheme", run["scheme"]["name"])]
+    if first:
+        rows += [("Weights of quantized layers", first.weights), ("Activations there", first.activations)]
+        rows += [("Bits per quantized weight, scales included", f"{made['bits_per_quantized_weight']:.3f}")]
+    rows += [
+        ("KV cache", "not quantized" if config.get("kv_cache_scheme") is None else "quantized"),
+        ("Format", f"{config.get('quant_method')} `{config.get('format')}` (quantpub layout `{run['layout']}`)"),
+        ("Parameters", f"{made['parameters']:,}, of which {made['quantized_parameters']:,} quantized"),
+        ("Bits per parameter, whole checkpoint", f"{made['bits_per_weight']:.3f}"),
+        (
+            "Size of the weights",
+            f"{size(made['output_bytes'])}, {made['output_bytes'] / made['source_bytes']:.3f} "
+            f"of the base's {size(made['source_bytes'])}",
+        ),
+    ]
+    return rows
+
+
+def _base(source: Mapping[str, Any]) -> str:
+    if source["kind"] == "hub":
+        return f"`{source['repo']}` at commit `{source['commit'][:7]}`"
+    return f"`{source['name']}`, a local checkpoint"
+
+
+def size(nbytes: int) -> str:
+    """Decimal units, three digits."""
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if nbytes >= u), (1, "B"))
+    return f"{nbytes / unit:.3g} {name}"
+
+
+def _component(part: Component) -> Facts:
+    shapes = ", ".join("×".join(map(str, shape)) for shape in sorted(part.shapes))
+    return {
+        "name": part.name,
+        "count": part.count,
+        "shapes": shapes,
+        "parameters": f"{part.parameters:,}",
+        "weights": part.weights,
+        "activations": part.activations,
+    }
+
+
+def engines(run: Mapping[str, Any]) -> list[Facts]:
+    """The engines that load this layout: versions, and whether that was seen or read."""
+    rows = []
+    for name in run.get("engines", []):
+        if name in TARGETS and run["layout"] in TARGETS[name].loads:
+            loads = TARGETS[name].loads[run["layout"]]
+            rows.append(
+                {
+                    "id": name,
+                    "title": TARGETS[name].summary,
+                    "versions": loads.versions,
+                    "basis": loads.source,
+                    "seen": "seen" in loads.source,
+                }
+            )
+    return rows
+
+
+def measured(figure: Mapping[str, Any], digits: int, scale: float = 1, unit: str = "") -> str:
+    """A mean with its standard error."""
+    mean, stderr = figure["mean"] * scale, figure.get("stderr")
+    return f"{mean:.{digits}f}{unit}" + ("" if stderr is None else f" ± {stderr * scale:.{digits}f}{unit}")
+
+
+def quality(evidence: Mapping[str, Any] | None) -> Facts | None:
+    """The rows of the quality table, and how they were measured."""
+    if evidence is None:
+        return None
+    perplexity, rows = evidence.get("perplexity", {}), []
+    if {"base", "artifact"} <= set(perplexity):
+        rows.append(("Perplexity", measured(perplexity["base"], 4), measured(perplexity["artifact"], 4)))
+    if "ratio" in perplexity:
+        rows.append(("Perplexity, relative to the base", "–", measured(perplexity["ratio"], 4)))
+    if "kl" in evidence:
+        rows.append(("KL to the base, nats per token", "–", measured(evidence["kl"], 5)))
+    if "top1" in evidence:
+        rows.append(("Same first choice as the base", "–", measured(evidence["top1"], 2, 100, " %")))
+    act, baseline = evidence.get("activations", {}), evidence.get("baseline", {})
+    return {
+        "rows": rows,
+        "kl": evidence.get("kl"),
+        "verdict": evidence.get("verdict", {}),
+        "data": evidence.get("data", {}),
+        "made_by": _made_by(evidence),
+        "settings": evidence.get("made_by", {}).get("settings", {}),
+        "rounded": act.get("quantized"),
+        "not_emulated": act.get("not_emulated", []),
+        "baseline": base_name(baseline),
+        "is_source": baseline.get("is_source", False),
+    }
+
+
+def speed(evidence: Mapping[str, Any] | None) -> Facts | None:
+    """Speedup by M and kernel, the rows behind it, and what was not run."""
+    if evidence is None:
+        return None
+    by_kernel = speedups(evidence)
+    totals = {(kernel, m): value for kernel, points in by_kernel.items() for m, value in points}
+    sizes = sorted({m for _, m in totals})
+    on_cpu = evidence.get("device_class") != "cuda"
+    return {
+        "kernels": list(by_kernel),
+        "on_cpu": on_cpu,
+        "label": evidence.get("label") or (CPU if on_cpu else ""),
+        "totals": [[str(m), *(_times(totals.get((kernel, m))) for kernel in by_kernel)] for m in sizes],
+        "rows": [_timing(row) for row in evidence.get("rows", [])],
+        "gemms": evidence.get("gemms", []),
+        "baseline": evidence.get("baseline", {}).get("name", "the baseline"),
+        "unavailable": [kernel for kernel in evidence.get("kernels", []) if kernel.get("unavailable")],
+        "not_measured": evidence.get("not_measured", []),
+        "verdict": evidence.get("verdict", {}),
+        "made_by": _made_by(evidence),
+    }
+
+
+def _times(speedup: float | None) -> str:
+    return "–" if speedup is None else f"{speedup:.2f}×"
+
+
+def _timing(row: Mapping[str, Any]) -> list[str]:
+    low, high = row.get("ci95_us") or (None, None)
+    spread = "–" if low is None else f"{low:.1f} – {high:.1f}"
+    return [
+        row["gemm"],
+        row["kernel"],
+        str(row["m"]),
+        f"{row['median_us']:.1f}",
+        spread,
+        f"{row['baseline_us']:.1f}",
+        _times(row.get("speedup")),
+    ]
+
+
+def verification(evidence: Mapping[str, Any] | None) -> Facts | None:
+    if evidence is None:
+        return None
+    tensors = evidence.get("tensors", {})
+    return {
+        "checks": evidence.get("checks", []),
+        "verdict": evidence.get("verdict"),
+        "made_by": _made_by(evidence),
+        "compared": tensors.get("compared"),
+        "sqnr": tensors.get("sqnr_db"),
+        "plot": bool(sqnr(evidence)),
+    }
+
+
+def _made_by(evidence: Mapping[str, Any]) -> str:
+    """Versions and device of one measurement, in a line."""
+    made = evidence.get("made_by", {})
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    device, gpu = made.get("device", {}), made.get("device", {}).get("gpu")
+    if gpu:
+        machine = f"{gpu['name']}, driver {gpu.get('driver')}, CUDA {gpu.get('cuda')}"
+    else:
+        machine = f"{device['cpu']}, {device.get('threads')} threads" if device.get("cpu") else ""
+    return "; ".join(part for part in (versions, machine) if part)
+
+
+def headline(found: Facts) -> str:
+    """One sentence of measured figures."""
+    made, kind = found["made"], found["run"]["scheme"]["name"]
+    said = [
+        f"{made['bits_per_weight']:.2f} bits per parameter",
+        f"{size(made['output_bytes'])} of weights in place of {size(made['source_bytes'])}",
+    ]
+    if found["quality"] and found["quality"]["kl"]:
+        said.append(f"KL to the base {measured(found['quality']['kl'], 4)} nats per token")
+    return f"`{found['base']}` quantized to {kind}: {', '.join(said)}."

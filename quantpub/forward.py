@@ -1,0 +1,206 @@
+"""An artifact as a float32 transformers model: what its bytes compute, whatever a loader of others makes of them.
+
+Legend: M tokens, N out_features, K in_features.
+
+Weights are decoded from the artifact (layout.unpack, then dequantize) and handed to `from_pretrained` as a state dict
+under their checkpoint names, so that transformers' own conversion places them, fused experts included. Where the scheme
+quantizes activations, the input of every quantized weight is rounded as the serving kernel rounds it; which parameters
+those are is found by sending a mask of ones and zeros through the same conversion.
+Rounding follows vLLM's dynamic per-token FP8 kernel: scale = max(amax / 448, 1 / (448 * 512)), x / scale saturating.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from quantpub.decode import Decoder
+from quantpub.errors import InputError
+from quantpub.qtensor import dequantize
+from quantpub.scheme import ActFormat
+
+FP8_MAX = 448.0
+MIN_SCALE = 1 / (FP8_MAX * 512)
+WHOLE, PARTLY, NOT = "whole", "partly", "not"
+Read = Callable[[], torch.Tensor]
+
+
+def fp8_per_token(x_MK: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8 E4M3 with one scale a row, as the float32 values that the kernel multiplies."""
+    scale_M1 = (x_MK.abs().amax(-1, keepdim=True).float() / FP8_MAX).clamp_(min=MIN_SCALE)
+    codes_MK = (x_MK.float() / scale_M1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (codes_MK.float() * scale_M1).to(x_MK.dtype)
+
+
+ROUNDING = {ActFormat("fp8_e4m3", "token", True): fp8_per_token}
+
+
+class Deferred:
+    """A tensor that is read when indexed: the loader indexes each with `...`, as it does a safetensors slice."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._read()
+
+
+class RoundedActivations(TorchFunctionMode):
+    """Within this context `linear` rounds its input wherever its weight is one of `weights`.
+
+    weights: (address, elements) → parameter name. reached: the parameters that were multiplied with.
+    """
+
+    def __init__(self, weights: dict[tuple[int, int], str], rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weights, self.rounding = weights, rounding
+        self.reached: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and len(args) >= 2:
+            x, weight, *rest = args
+            if name := self.weights.get((weight.data_ptr(), weight.numel())):
+                self.reached.add(name)
+                args = (self.rounding(x), weight, *rest)
+        return func(*args, **(kwargs or {}))
+
+
+class ArtifactModel:
+    """model: the float32 transformers model. forward: token ids → logits, with activations as the scheme has them."""
+
+    def __init__(self, decoder: Decoder, device: str = "cpu") -> None:
+        """Errors: InputError when a tensor is missing or the model has no place for one."""
+        decoder.require_whole()
+        self.act = decoder.scheme.act
+        self._masks = _quantized_slices(decoder) if self.act else {}
+        self.model = _load(_config(decoder), _weights(decoder), torch.float32, decoder.artifact.path).to(device)
+        self._rounded = self._mode()
+
+    def _mode(self) -> RoundedActivations | None:
+        rounding = ROUNDING.get(self.act) if self.act else None
+        if rounding is None:
+            return None
+        parameters, weights = dict(self.model.named_parameters()), {}
+        for name, masks in self._masks.items():
+            slices = zip(_slices(parameters[name]), masks, strict=True)
+            weights.update({(part.data_ptr(), part.numel()): name for part, mask in slices if mask == WHOLE})
+        return RoundedActivations(weights, rounding)
+
+    def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
+        with self._rounded or contextlib.nullcontext():
+            logits: torch.Tensor = self.model(x_BT, use_cache=False).logits
+        return logits
+
+    def not_emulated(self) -> list[str]:
+        """Quantized parameters whose input was not rounded so far, all of it or in part, though the scheme says so."""
+        reached = self._rounded.reached if self._rounded else set()
+        return sorted(name for name, masks in self._masks.items() if name not in reached or PARTLY in masks)
+
+
+def load_baseline(folder: Path, device: str = "cpu") -> Any:
+    """The full-precision model in float32. Errors: InputError when its tensors and its config do not fit."""
+    return _load(_auto("AutoConfig", folder), folder, torch.float32, folder).to(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Errors: InputError when transformers finds none there."""
+    return _auto("AutoTokenizer", folder)
+
+
+def _auto(kind: str, folder: Path) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(error, folder) from error
+
+
+def _refused(error: Exception, where: Path) -> InputError:
+    return InputError(f"transformers does not load it ({' '.join(str(error).split()):.160})", where=str(where))
+
+
+def _load(config: Any, weights: Path | dict[str, Any], dtype: torch.dtype, where: Path) -> Any:
+    """`from_pretrained` of a folder or a state dict, refusing what it would only warn of.
+
+    Experts are computed one by one ("eager"): each is then a `linear` of its own, whose input can be rounded.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    named, state = (None, weights) if isinstance(weights, dict) else (str(weights), None)
+    options = {"dtype": dtype, "experts_implementation": "eager", "output_loading_info": True}
+    try:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, found = model_class.from_pretrained(named, config=config, state_dict=state, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _refused(error, where) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, found.get(kind) or ())):
+            raise InputError(
+                f"{kind.replace('_keys', '')} in the model that its config describes: {names[0]} ({len(names)} in all)",
+                where=str(where),
+                next="take a checkpoint that its config fits",
+            )
+    return model.eval()
+
+
+def _config(decoder: Decoder) -> Any:
+    """The artifact's config as that of a plain model: the weights arrive decoded."""
+    config = _auto("AutoConfig", decoder.artifact.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _weights(decoder: Decoder) -> dict[str, Any]:
+    def weight(module: str) -> Read:
+        return lambda: dequantize(decoder.qtensor(module))
+
+    def copied(name: str) -> Read:
+        return lambda: decoder.tensor(name)
+
+    state = {f"{module}.weight": Deferred(weight(module)) for module, _ in decoder.modules()}
+    return state | {name: Deferred(copied(name)) for name in decoder.copied()}
+
+
+def _quantized_slices(decoder: Decoder) -> dict[str, list[str]]:
+    """Model parameter → how much of each of its 2-D slices is quantized, for every parameter that holds any.
+
+    A slice is quantized in part where a fused weight has a member that the recipe ignores: its one input cannot be
+    rounded for the others alone.
+    """
+    one, zero = torch.ones((), dtype=torch.bfloat16), torch.zeros((), dtype=torch.bfloat16)
+    state = {f"{module}.weight": one.expand(shape) for module, shape in decoder.modules()}
+    state |= {name: zero.expand(decoder.shape(name)) for name in decoder.copied()}
+    parameters = _load(_config(decoder), state, torch.bfloat16, decoder.artifact.path).named_parameters()
+    found = {name: [_extent(mask) for mask in _slices(parameter)] for name, parameter in parameters}
+    return {name: masks for name, masks in found.items() if {WHOLE, PARTLY} & set(masks)}
+
+
+def _extent(mask: torch.Tensor) -> str:
+    return WHOLE if bool(mask.all()) else PARTLY if bool(mask.any()) else NOT
+
+
+def _slices(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(parameter.detach()) if parameter.dim() == 3 else (parameter.detach(),)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors are ours to report: no warnings and no progress bars of transformers meanwhile."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

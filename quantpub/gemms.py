@@ -1,0 +1,116 @@
+"""The GEMMs of a quantized model as a serving engine runs them: y[M, N] = x[M, K] · W[N, K]ᵀ, one entry a shape.
+
+Engines merge q/k/v into one weight, and gate/up into one (the family's `fused` table): rows stacked in member order.
+What repeats over the layers is one entry with a count, the number of such GEMMs that one token goes through in one
+forward pass. Experts: of the E experts of a layer a token goes through its top-k, so each MoE layer counts top-k.
+Linears that the recipe left in high precision are the same on both sides of a comparison and are not listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantpub.artifact import Artifact
+from quantpub.decode import Decoder
+from quantpub.errors import InputError, closest
+from quantpub.families import FAMILIES, Family
+from quantpub.qtensor import QTensor
+from quantpub.scheme import WHOLE
+
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+TOP_K = "num_experts_per_tok"
+
+Shapes = Mapping[str, tuple[int, int]]  # module → (n, k)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """name: the engine's module without its layer. members: the modules of its first occurrence, in row order.
+
+    count: occurrences that one token meets. experts: how many a layer holds, 0 outside of MoE.
+    """
+
+    name: str
+    n: int
+    k: int
+    count: int
+    members: tuple[str, ...]
+    experts: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"name": self.name, "n": self.n, "k": self.k, "count": self.count}
+        return facts | ({"experts": self.experts} if self.experts else {})
+
+
+def engine_gemms(artifact: Artifact, decoder: Decoder) -> list[Gemm]:
+    """The artifact's quantized GEMMs. Errors: InputError when config.json does not say what they need."""
+    config, where = artifact.config(), str(artifact.path / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(f"unknown architecture {model_type!r}", where=where, next=closest(str(model_type), FAMILIES))
+    shapes = dict(decoder.modules())
+    top_k = config.get(TOP_K)
+    if top_k is None and any(EXPERT.search(module) for module in shapes):
+        raise InputError(
+            f"it has experts, but config.json lacks {TOP_K}", where=where, next="copy config.json from the source model"
+        )
+    return group(shapes, FAMILIES[model_type], top_k or 0)
+
+
+def group(shapes: Shapes, family: Family, top_k: int = 0) -> list[Gemm]:
+    """One entry per distinct (name, N, K), in the order of `shapes`."""
+    found: dict[tuple[str, int, int], list[tuple[str, tuple[str, ...]]]] = {}
+    for module, members in fuse(shapes, family).items():
+        n, k = sum(shapes[member][0] for member in members), shapes[members[0]][1]
+        name = EXPERT.sub(".experts.", LAYER.sub("", module))
+        found.setdefault((name, n, k), []).append((module, members))
+    repeated = Counter(name for name, _, _ in found)
+    return [
+        _entry(name if repeated[name] == 1 else f"{name} {n}×{k}", n, k, places, top_k)
+        for (name, n, k), places in found.items()
+    ]
+
+
+def _entry(name: str, n: int, k: int, places: Sequence[tuple[str, tuple[str, ...]]], top_k: int) -> Gemm:
+    module, members = places[0]
+    if not EXPERT.search(module):
+        return Gemm(name, n, k, len(places), members)
+    experts = Counter(module[: match.start()] for module, _ in places if (match := EXPERT.search(module)))
+    count = sum(min(top_k, held) for held in experts.values())
+    return Gemm(name, n, k, count, members, max(experts.values()))
+
+
+def fuse(shapes: Shapes, family: Family) -> dict[str, tuple[str, ...]]:
+    """Engine module → its members. Members merge when all of them are there and read the same input."""
+    merged: dict[str, tuple[str, ...]] = {}
+    for module in shapes:
+        prefix, _, leaf = module.rpartition(".")
+        whole, members = _merge(prefix, leaf, shapes, family) or (module, (module,))
+        merged.setdefault(whole, members)
+    return merged
+
+
+def _merge(prefix: str, leaf: str, shapes: Shapes, family: Family) -> tuple[str, tuple[str, ...]] | None:
+    for engine_name, leaves in family.fused.items():
+        members = tuple(f"{prefix}.{member}" for member in leaves)
+        if leaf in leaves and all(member in shapes for member in members) and len({shapes[m][1] for m in members}) == 1:
+            return f"{prefix}.{engine_name}", members
+    return None
+
+
+def weight(decoder: Decoder, gemm: Gemm) -> QTensor:
+    """The artifact's own weight of the GEMM's first occurrence, members stacked, each with its own scales."""
+    parts = [decoder.qtensor(member) for member in gemm.members]
+    if len(parts) == 1:
+        return parts[0]
+    assert decoder.scheme.weight.block[0] != WHOLE, "members of one scale each do not stack"
+    # torch.cat has no FP8 kernel everywhere: bytes are stacked instead
+    codes = torch.cat([part.codes_NK.view(torch.uint8) for part in parts]).view(parts[0].codes_NK.dtype)
+    return QTensor(decoder.scheme, codes, torch.cat([part.scale for part in parts]))

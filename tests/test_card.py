@@ -1,0 +1,416 @@
+"""The card says what the evidence says: figures are traced back to it, and an edited one is caught."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEMO_MODEL, ROOT, make_artifact, tree
+
+from quantpub.artifact import Artifact
+from quantpub.card import card, check
+from quantpub.errors import InputError, UsageError
+
+DEVICE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "gpu": None}
+HUB = {"kind": "hub", "repo": "acme/base-2m", "commit": "0123456789abcdef0123456789abcdef01234567", "gated": False}
+NUMBER = re.compile(r"(?<![\w.,/*-])\d[\d,]*(?:\.\d+)?(?![\w/*])(?!\.\d)")
+
+
+def made_by(stage: str, **settings: Any) -> dict[str, Any]:
+    versions = {"quantpub": "9.8.7", "python": "3.77.1", "torch": "2.66.0"}
+    return {"stage": stage, "settings": settings, "versions": versions, "device": DEVICE}
+
+
+def evaluation() -> dict[str, Any]:
+    return {
+        "made_by": made_by(
+            "eval", windows=64, window=512, batch=4, dtype="float32", baseline="model", data="text.jsonl"
+        ),
+        "baseline": {"kind": "local", "name": "model", "is_source": True},
+        "data": {"file": "text.jsonl", "sha256": "ab" * 32, "documents": 7, "tokens": 32768},
+        "activations": {"quantized": None, "not_emulated": []},
+        "perplexity": {
+            "base": {"mean": 12.3456789, "stderr": 1.2345678},
+            "artifact": {"mean": 13.5792468, "stderr": 1.3579246},
+            "ratio": {"mean": 1.0999189, "stderr": 0.0123987},
+        },
+        "kl": {"unit": "nats per token", "mean": 0.0765432, "stderr": 0.0034567},
+        "top1": {"mean": 0.8765432, "stderr": 0.0045678},
+        "verdict": {"gate": "failed", "reason": "KL 0.07654 exceeds the recipe's 0.05 nats per token", "max_kl": 0.05},
+    }
+
+
+def profile(device_class: str = "cpu") -> dict[str, Any]:
+    rows = [
+        {
+            "gemm": "mlp.down_proj",
+            "kernel": kernel,
+            "m": m,
+            "median_us": 100.04 / s,
+            "ci95_us": [91.37 / s, 110.92 / s],
+            "baseline_us": 100.04,
+            "speedup": s,
+        }
+        for kernel, m, s in (("torch-int4", 1, 2.347), ("torch-int4", 64, 0.871), ("other", 1, 1.119))
+    ]
+    return {
+        "made_by": made_by("profile", m=[1, 64]),
+        "device_class": device_class,
+        "label": "CPU: says nothing of the serving engine's kernels" if device_class == "cpu" else "",
+        "baseline": {"name": "bf16"},
+        "gemms": [{"name": "mlp.down_proj", "n": 128, "k": 384, "count": 4}],
+        "kernels": [
+            {"name": "torch-int4", "layout": "ct-pack", "unavailable": None},
+            {"name": "marlin", "layout": "marlin", "unavailable": "it needs a GPU"},
+        ],
+        "rows": rows,
+        "totals": [{"kernel": row["kernel"], "m": row["m"], "speedup": row["speedup"]} for row in rows],
+        "verdict": {"gate": "not proven", "reason": "only a CPU was timed"},
+    }
+
+
+def verification() -> dict[str, Any]:
+    ratios = [19.12, 19.57, 20.31, 21.98]
+    return {
+        "made_by": made_by("verify"),
+        "checks": [
+            {"id": "index", "status": "passed", "detail": "66 tensors | 1 shard"},
+            {"id": "engine", "status": "skipped", "detail": "no engine here"},
+        ],
+        "tensors": {"compared": 28, "sqnr_db": {"min": 19.12, "median": 19.94, "worst": "model.layers.3.mlp.up_proj"}},
+        "per_tensor": [{"module": f"m{i}", "sqnr_db": value} for i, value in enumerate(ratios)],
+        "verdict": "incomplete",
+    }
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(DEMO_MODEL, "w4a16", tmp_path_factory.mktemp("card") / "w4a16")
+
+
+@pytest.fixture(scope="module")
+def measured(master: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`master` with every kind of evidence and its plots."""
+    artifact = Artifact.open(Path(shutil.copytree(master, tmp_path_factory.mktemp("card") / "measured")))
+    for name, value in {"eval": evaluation(), "profile": profile(), "verify": verification()}.items():
+        artifact.write_evidence(f"{name}.json", value)
+    card(artifact)
+    return artifact.path
+
+
+@pytest.fixture
+def bare(master: Path, tmp_path: Path) -> Artifact:
+    """An artifact that was only quantized."""
+    return Artifact.open(Path(shutil.copytree(master, tmp_path / "bare")))
+
+
+@pytest.fixture
+def full(measured: Path, tmp_path: Path) -> Artifact:
+    """An artifact with every kind of evidence, of made-up and telling figures."""
+    return Artifact.open(Path(shutil.copytree(measured, tmp_path / "full")))
+
+
+def readme(artifact: Artifact) -> str:
+    return (artifact.path / "README.md").read_text()
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def front_matter(artifact: Artifact) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    data: dict[str, Any] = ModelCard.load(artifact.path / "README.md").data.to_dict()
+    return data
+
+
+def set_source(artifact: Artifact, source: dict[str, Any]) -> None:
+    artifact.write(".quantpub/run.json", json.dumps(artifact.run() | {"source": source}).encode())
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Every number in an evidence file, those inside its texts too."""
+    if isinstance(value, dict):
+        for entry in (*value.keys(), *value.values()):
+            yield from numbers_in(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from numbers_in(entry)
+    elif isinstance(value, str):
+        yield from (float(token) for token in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", value))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield float(value)
+
+
+def traceable(token: str, figures: set[float]) -> bool:
+    """Whether the token is a figure of the evidence, rounded, in per cent, or in thousands, millions of bytes."""
+    digits = len(token.partition(".")[2])
+    value = float(token.replace(",", ""))
+    scaled = (figure * scale for figure in figures for scale in (1, 100, 1e-3, 1e-6, 1e-9))
+    return any(round(figure, digits) == value for figure in scaled)
+
+
+def test_every_number_is_traced_to_the_evidence(full: Artifact) -> None:
+    card(full, "acme/tiny-2m-W4A16")
+    files = ("run", "eval", "profile", "verify")
+    figures = {number for name in files for number in numbers_in(full.read_json(f"{name}.json"))}
+    plan = [json.loads(line) for line in (full.meta / "plan.jsonl").read_text().splitlines()]
+    sizes = {line["as"]: float(line["shape"][0] * (line["shape"] + [1])[1]) for line in plan}
+    kinds: dict[str, list[float]] = {}
+    for name, size in sizes.items():
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(size)
+    figures |= {sum(kind) for kind in kinds.values()} | {float(len(kind)) for kind in kinds.values()}
+    made = full.run()["stages"]["quantize"]
+    figures |= {made["output_bytes"] / made["source_bytes"]} | set(numbers_in([full.config(), plan[0]["shape"]]))
+    text = re.sub(r"```.*?```", "", readme(full), flags=re.DOTALL)
+    prose = "\n".join(line for line in text.splitlines() if "compressed_tensors.py" not in line and "5.17" not in line)
+    found = NUMBER.findall(prose)
+    assert len(found) > 100
+    assert [token for token in found if not traceable(token, figures)] == []
+
+
+def test_the_trace_would_see_an_invented_number() -> None:
+    assert traceable("1.10", {1.0999}) and traceable("87.65", {0.87654}) and traceable("2,345", {2345.0})
+    assert not traceable("1.11", {1.0999}) and not traceable("1.1001", {1.0999})
+
+
+def test_the_template_holds_no_number() -> None:
+    template = (ROOT / "model_cards" / "card.md.j2").read_text()
+    assert re.findall(r"(?<![\w.])\d+(?![\w])", re.sub(r"\{#.*?#\}", "", template)) == []
+
+
+def test_an_edited_number_is_caught_with_its_line(full: Artifact) -> None:
+    card(full)
+    assert check(full) == []
+    path, text = full.path / "README.md", readme(full)
+    assert "0.07654" in text
+    path.write_text(text.replace("0.07654 ± 0.00346", "0.00654 ± 0.00346"))
+    line = text[: text.index("0.07654 ± 0.00346")].count("\n") + 1
+    (reason,) = check(full)
+    assert reason.startswith(f"line {line}: the card says ") and "0.00654" in reason and "0.07654" in reason
+
+
+EDITS: dict[str, Callable[[str], str]] = {
+    "a line added": lambda text: text.replace("## Speed\n", "## Speed\n\nTwice as fast on every GPU.\n"),
+    "a line removed": lambda text: text.replace(
+        "- No speed on a GPU is claimed: the kernels were timed on a CPU.\n", ""
+    ),
+    "line ends": lambda text: text.replace("\n", "\r\n"),
+    "a licence": lambda text: text.replace("pipeline_tag:", "license: apache-2.0\npipeline_tag:"),
+    "no front matter": lambda text: text.split("---\n", 2)[2],
+    "broken front matter": lambda text: text.replace("tags:\n", "tags: [\n"),
+    "a local path": lambda text: text + "\nSee /home/me/model.\n",
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_is_caught(name: str, full: Artifact) -> None:
+    card(full)
+    text = readme(full)
+    edited = EDITS[name](text)
+    assert edited != text
+    (full.path / "README.md").write_bytes(edited.encode())
+    assert check(full)
+
+
+def test_front_matter_edits_and_paths_are_named(full: Artifact) -> None:
+    card(full)
+    text = readme(full)
+    (full.path / "README.md").write_text(EDITS["a licence"](text))
+    assert "front matter: license is 'apache-2.0', the evidence gives None" in check(full)
+    (full.path / "README.md").write_text(EDITS["a local path"](text))
+    assert any(reason.endswith("it names a local path") for reason in check(full))
+    (full.path / "README.md").unlink()
+    assert check(full) == ["there is no README.md"]
+
+
+def test_newer_evidence_makes_the_card_and_its_plots_stale(full: Artifact) -> None:
+    card(full)
+    changed = verification()
+    changed["per_tensor"][0]["sqnr_db"] = 12.34
+    full.write_evidence("verify.json", changed)
+    assert check(full) == [
+        f".quantpub/plots/sqnr.{form} does not show the evidence's figures" for form in ("png", "svg")
+    ]
+    full.write_evidence("eval.json", evaluation() | {"weights_sha256": "0" * 64})
+    assert "eval.json was measured on other weights" in check(full)
+
+
+def test_without_an_evaluation_there_is_no_figure_of_quality(full: Artifact, bare: Artifact) -> None:
+    for artifact in (full, bare):
+        (artifact.meta / "eval.json").unlink(missing_ok=True)
+        report = card(artifact, "acme/tiny")
+        text = readme(artifact)
+        assert "eval" in report["not_measured"]
+        assert not re.search(r"KL|erplexity|nats", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        assert "Not measured." in section(text, "Quality")
+        assert "quantpub eval acme/tiny --baseline model" in section(text, "Quality")
+        assert "Quality was not measured." in section(text, "Limitations")
+        assert check(artifact) == []
+
+
+def test_a_bare_artifact_says_what_was_not_measured_and_how_to(bare: Artifact) -> None:
+    report = card(bare)
+    assert report["not_measured"] == ["verify", "profile", "eval"] and report["plots"] == []
+    text = readme(bare)
+    for title, command in (("Quality", "eval"), ("Speed", "profile"), ("Verification", "verify")):
+        assert "Not measured." in section(text, title) and f"quantpub {command} " in section(text, title)
+        assert not NUMBER.findall(section(text, title))
+
+
+def test_evidence_that_says_not_what_made_it_is_no_evidence(full: Artifact) -> None:
+    evidence = evaluation()
+    del evidence["made_by"]
+    full.write_evidence("eval.json", evidence)
+    with pytest.raises(InputError, match="does not say what made it"):
+        card(full)
+    full.write_evidence("eval.json", evaluation() | {"data": {}})
+    with pytest.raises(InputError, match="lacks a figure"):
+        card(full)
+
+
+def test_a_licence_is_never_invented(full: Artifact) -> None:
+    card(full)
+    assert not {"license", "license_name", "license_link", "base_model"} & set(front_matter(full))
+    assert "states no licence" in section(readme(full), "License")
+    set_source(full, HUB)
+    card(full)
+    assert "license" not in front_matter(full) and front_matter(full)["base_model"] == HUB["repo"]
+    assert "states no licence" in section(readme(full), "License")
+
+
+def test_a_licence_is_copied_as_it_stands(full: Artifact) -> None:
+    terms = {"license": "other", "license_name": "acme-terms", "license_link": "https://acme.example/terms"}
+    set_source(full, HUB | terms | {"language": ["en", "no"], "gated": True})
+    full.write("LICENSE", b"terms\n")
+    card(full, "acme/base-2m-W4A16")
+    found, text = front_matter(full), section(readme(full), "License")
+    assert found == {
+        "base_model": "acme/base-2m",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **terms,
+        "language": ["en", "no"],
+        "tags": ["quantized", "w4a16", "int4", "compressed-tensors", "vllm", "sglang"],
+    }
+    order = re.findall(r"^(\w+):", readme(full).split("---")[1], re.MULTILINE)
+    assert order[:4] == ["base_model", "base_model_relation", "library_name", "pipeline_tag"]
+    assert all(term in text for term in (*terms.values(), "`LICENSE`", "on request"))
+    assert f"commit `{HUB['commit']}`" in readme(full) and f"--revision {HUB['commit']}" in readme(full)
+    assert check(full) == []
+
+
+def test_the_components_add_up_to_the_model(full: Artifact) -> None:
+    card(full)
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in section(readme(full), "What is quantized").splitlines()
+        if line.startswith("| `")
+    ]
+    parameters = [int(row[3].replace(",", "")) for row in rows]
+    made = full.run()["stages"]["quantize"]
+    assert sum(parameters) == made["parameters"]
+    assert sum(int(row[1]) for row in rows) == made["tensors"]
+    quantized = [row for row in rows if row[4] == "int4, one scale per 128 columns"]
+    assert sum(int(row[3].replace(",", "")) for row in quantized) == made["quantized_parameters"]
+    assert {row[5] for row in quantized} == {"not quantized"}, "activations are not int4 because weights are"
+    assert {row[4] for row in rows if row not in quantized} == {"BF16"}
+
+
+def test_activations_are_described_from_the_config(tmp_path: Path) -> None:
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, "fp8-dynamic", tmp_path / "fp8"))
+    card(artifact)
+    assert "| fp8, one scale per row | fp8, one scale per token, at run time |" in section(
+        readme(artifact), "What is quantized"
+    )
+    assert front_matter(artifact)["tags"][1:3] == ["fp8-dynamic", "fp8"]
+
+
+def test_a_config_that_contradicts_the_plan_has_no_card(full: Artifact) -> None:
+    config = full.config()
+    config["quantization_config"]["ignore"].append("model.layers.0.self_attn.q_proj")
+    full.write("config.json", json.dumps(config).encode())
+    with pytest.raises(InputError, match=r"config.json declares model.layers.0.self_attn.q_proj unquantized"):
+        card(full)
+
+
+def test_cpu_timings_are_labelled_and_claim_nothing(full: Artifact) -> None:
+    card(full)
+    speed = section(readme(full), "Speed")
+    assert "**CPU: says nothing of the serving engine's kernels.**" in speed
+    assert "Gate of the recipe: **not proven**" in speed and "`marlin`: it needs a GPU" in speed
+    assert "| 1 | 2.35× | 1.12× |" in speed and "| 64 | 0.87× | – |" in speed
+    assert "No speed on a GPU is claimed" in section(readme(full), "Limitations")
+    evidence = profile()
+    del evidence["label"]
+    full.write_evidence("profile.json", evidence)
+    card(full)
+    assert "**Timed on a CPU: it says nothing" in section(readme(full), "Speed")
+
+
+def test_gpu_timings_name_the_gpu_and_its_driver(full: Artifact) -> None:
+    evidence = profile("cuda")
+    gpu = {"name": "Example H200", "capability": [9, 0], "cuda": "13.1", "driver": "580.1"}
+    evidence["made_by"]["device"] = DEVICE | {"gpu": gpu}
+    evidence["verdict"] = {"gate": "passed", "reason": "faster than bf16 at each M of the workload"}
+    full.write_evidence("profile.json", evidence)
+    card(full)
+    speed = section(readme(full), "Speed")
+    assert "Example H200, driver 580.1, CUDA 13.1" in speed and "CPU" not in speed
+    assert "No speed on a GPU is claimed" not in readme(full)
+
+
+def test_limitations_follow_from_the_evidence(full: Artifact) -> None:
+    evidence = evaluation()
+    evidence["baseline"] = {"kind": "local", "name": "cousin", "is_source": False}
+    evidence["activations"] = {"quantized": {"num": "fp8_e4m3", "granularity": "token"}, "not_emulated": ["experts"]}
+    full.write_evidence("eval.json", evidence)
+    card(full)
+    text = section(readme(full), "Limitations")
+    assert "`cousin`, not the checkpoint this was made from" in text
+    assert "leave the quantization of activations out for experts" in text
+    assert "Verification is incomplete" in text and "The speed gate of the recipe is not proven" in text
+    assert "That SGLang load it rests on reading" in text
+
+
+def test_the_same_evidence_gives_the_same_bytes_from_any_folder(full: Artifact, tmp_path: Path) -> None:
+    shutil.rmtree(full.meta / "plots")  # drawn anew, twice
+    card(full, "acme/tiny")
+    first = tree(full.path)
+    shutil.rmtree(full.meta / "plots")
+    assert {f".quantpub/plots/{name}.{form}" for name in ("speedup", "sqnr") for form in ("png", "svg")} <= set(first)
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        card(full)  # the Hub id is remembered
+        assert check(full) == []
+    finally:
+        os.chdir(before)
+    assert tree(full.path) == first
+    assert full.damage() == []
+    everything = readme(full) + "".join(first[name].decode() for name in first if name.endswith(".svg"))
+    assert str(tmp_path) not in everything and not re.search(r"20\d\d-\d\d", everything)
+
+
+def test_tables_are_whole(full: Artifact) -> None:
+    """A bar or a line end in a detail must not break a row."""
+    card(full)
+    width = None
+    for line in readme(full).splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        assert width is None or cells is None or cells == width, line
+        width = cells
+    assert r"66 tensors \| 1 shard" in readme(full)
+
+
+def test_a_repo_id_must_be_one(bare: Artifact) -> None:
+    with pytest.raises(UsageError, match="not a Hub id"):
+        card(bare, "tiny")

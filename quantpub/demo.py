@@ -20,7 +20,7 @@ WINDOWS = 16
 def bundled() -> Path:
     """The demo's model and text: in an installed copy, or in a source checkout."""
     for folder in (PACKAGE / "_data" / "demo", PACKAGE.parent / "demo"):
-        if (folder / "model" / "config.json").is_file():
+        if (folder / MODEL / "config.json").is_file():
             return folder
     raise InputError("the demo model is missing", where=str(PACKAGE), next="install quantpub again")
 
@@ -36,7 +36,7 @@ class Demo:
 
     @property
     def model(self) -> str:
-        return str(self.source / "model")
+        return str(self.source / MODEL)
 
     @property
     def repo(self) -> str:

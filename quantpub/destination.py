@@ -9,6 +9,7 @@ in run.json and SHA256SUMS come last of all.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -53,6 +54,7 @@ class Destination:
         self.finished: set[str] = set()
         self.complete = self._claimed() and self._is_complete()
         self._writer: ShardWriter | None = None
+        self._locked: int | None = None
 
     def _claimed(self) -> bool:
         """Whether the folder belongs to this digest (True) or to nothing yet (False)."""
@@ -102,9 +104,14 @@ class Destination:
         }
 
     def begin(self) -> None:
-        """Make or reopen the folder. Errors: UnavailableError when it cannot be written or the disk has too little room."""
+        """Make or reopen the folder, and lock it until `unlock` or the end of this process.
+
+        Errors: UnavailableError when it cannot be written or the disk has too little room, ConflictError when another
+        process is writing there.
+        """
         with disk_errors(self.artifact.path):
             self.artifact.meta.mkdir(parents=True, exist_ok=True)
+            self._lock()
             sweep_temporaries(self.artifact.path)
             kept = self._intact()
             self._trim_journal(kept)
@@ -113,6 +120,21 @@ class Destination:
         self.artifact.write(f"{META}/recipe.yaml", self.plan.recipe.as_yaml().encode())
         self.artifact.write(f"{META}/plan.jsonl", self.plan.as_jsonl())
         self.finished = set(kept)
+
+    def _lock(self) -> None:
+        """A lock on the folder itself: it leaves no file, and the kernel drops it with the process, however that ends."""
+        self._locked = os.open(self.artifact.meta, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.created = False  # the other one's, not ours to take back
+            where, advice = str(self.artifact.path), f"wait for it to end, or {ELSEWHERE}"
+            raise ConflictError("another process is quantizing into this folder", where=where, next=advice) from None
+
+    def unlock(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def _require_room(self, kept: dict[str, str]) -> None:
         needed = sum(self.plan.shard_bytes(shard) for shard in self.plan.shards if shard not in kept)

@@ -74,6 +74,9 @@ def quantize(
         for destination in todo:
             destination.undo_if_empty()
         raise
+    finally:
+        for destination in todo:
+            destination.unlock()
     return [destination.report(changed=destination in todo) for destination in destinations]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DEMO_MODEL = ROOT / "demo" / "model"
+DEMO_MODEL = ROOT / "demo" / "pycode-tiny-2m"
 DEMO_TEXT = ROOT / "demo" / "eval.jsonl"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
 

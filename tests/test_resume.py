@@ -154,3 +154,21 @@ def test_a_full_disk_keeps_finished_shards_and_leaves_no_half_file(
     monkeypatch.undo()
     make_artifact(model, "w4a16", tmp_path / "out")
     assert tree(tmp_path / "out") == tree(whole)
+
+
+def test_two_processes_never_write_into_one_folder(tmp_path: Path) -> None:
+    import fcntl
+
+    model = save_llama(tmp_path / "m")
+    meta = tmp_path / "out" / ".quantpub"
+    meta.mkdir(parents=True)
+    other = os.open(meta, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as a run that has just begun holds it
+    try:
+        with pytest.raises(ConflictError, match="another process"):
+            make_artifact(model, "w4a16", tmp_path / "out")
+        assert meta.is_dir()
+    finally:
+        os.close(other)
+    make_artifact(model, "w4a16", tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(make_artifact(model, "w4a16", tmp_path / "again"))

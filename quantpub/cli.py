@@ -9,13 +9,25 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from quantpub import __version__, env
 from quantpub.errors import INTERRUPTED, GateError, QuantpubError, UsageError, closest
-from quantpub.output import FORMATS, Output
+from quantpub.options import (
+    BaselineOpt,
+    CheckpointArg,
+    EngineOpt,
+    FormatOpt,
+    JsonOpt,
+    LayoutOpt,
+    ModelArg,
+    OutOpt,
+    RecipeOpt,
+    RevisionOpt,
+    out,
+)
 
 app = typer.Typer(
     name="quantpub",
@@ -26,44 +38,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize a language model, prove it on the engine that will serve it, and publish it.",
 )
-out = Output()
-
-
-def _format(value: str) -> str:
-    if value not in FORMATS:
-        raise typer.BadParameter(f"{value!r}: {closest(value, FORMATS)}")
-    out.use(value)
-    return value
-
-
-def _json(value: bool) -> bool:
-    if value:
-        out.use("json")
-    return value
-
-
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a Hub id like owner/name.")]
-CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder that `quantpub quantize` wrote.")]
-RecipeOpt = Annotated[
-    str, typer.Option("--recipe", "-r", help="A recipe's name (see `quantpub list recipes`) or YAML file.")
-]
-EngineOpt = Annotated[
-    list[str] | None, typer.Option("--engine", help="Write the layout this engine loads (repeatable).")
-]
-LayoutOpt = Annotated[Optional[list[str]], typer.Option("--layout", help="Write this layout (repeatable).")]  # noqa: UP045
-RevisionOpt = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id; its commit is recorded.")
-]
-OutOpt = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="The artifact's folder; an interrupted run resumes there.")
-]
-BaselineOpt = Annotated[
-    str, typer.Option("--baseline", metavar="MODEL", help="The full-precision model: folder or Hub id.")
-]
-FormatOpt = Annotated[
-    str, typer.Option("--format", callback=_format, help="auto, human, json or quiet.", metavar="FORMAT")
-]
-JsonOpt = Annotated[bool, typer.Option("--json", callback=_json, help="Print exactly one JSON object.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -141,7 +115,7 @@ def quantize(
 @app.command()
 def verify(
     checkpoint: CheckpointArg,
-    source: Annotated[Optional[str], typer.Option(help="The model it was made from: folder or Hub id.")] = None,  # noqa: UP045
+    source: Annotated[str | None, typer.Option(help="The model it was made from: folder or Hub id.")] = None,
     format: FormatOpt = "auto",
     json: JsonOpt = False,
 ) -> None:
@@ -162,7 +136,7 @@ def verify(
 @app.command()
 def profile(
     checkpoint: CheckpointArg,
-    m: Annotated[Optional[str], typer.Option("--m", help="Rows of activations to time, like 1,16,256.")] = None,  # noqa: UP045
+    m: Annotated[str | None, typer.Option("--m", help="Rows of activations to time, like 1,16,256.")] = None,
     kernels: Annotated[str | None, typer.Option("--kernels", help="Only these kernels, separated by commas.")] = None,
     budget_seconds: Annotated[float, typer.Option(help="Stop timing after so long.")] = 10.0,
     format: FormatOpt = "auto",
@@ -213,7 +187,7 @@ def eval(
 @app.command()
 def card(
     checkpoint: CheckpointArg,
-    repo_id: Annotated[Optional[str], typer.Option("--repo-id", help="The Hub id the card speaks of.")] = None,  # noqa: UP045
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="The Hub id the card speaks of.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only say whether README.md is what the evidence renders.")
     ] = False,
@@ -247,7 +221,7 @@ def publish(
     private: Annotated[
         bool, typer.Option("--private/--public", help="What it must be afterwards; public only once it was read back.")
     ] = True,
-    tag: Annotated[Optional[str], typer.Option(help="Tag the commit.")] = None,  # noqa: UP045
+    tag: Annotated[str | None, typer.Option(help="Tag the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Publish to a Hub on this machine, read back, compare.")

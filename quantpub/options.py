@@ -1,0 +1,50 @@
+"""Arguments and options that several commands share, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantpub.errors import closest
+from quantpub.output import FORMATS, Output
+
+out = Output()
+
+
+def _format(value: str) -> str:
+    if value not in FORMATS:
+        raise typer.BadParameter(f"{value!r}: {closest(value, FORMATS)}")
+    out.use(value)
+    return value
+
+
+def _json(value: bool) -> bool:
+    if value:
+        out.use("json")
+    return value
+
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a Hub id like owner/name.")]
+CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder that `quantpub quantize` wrote.")]
+RecipeOpt = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe's name (see `quantpub list recipes`) or YAML file.")
+]
+EngineOpt = Annotated[
+    list[str] | None, typer.Option("--engine", help="Write the layout this engine loads (repeatable).")
+]
+LayoutOpt = Annotated[list[str] | None, typer.Option("--layout", help="Write this layout (repeatable).")]
+RevisionOpt = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id; its commit is recorded.")
+]
+OutOpt = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="The artifact's folder; an interrupted run resumes there.")
+]
+BaselineOpt = Annotated[
+    str, typer.Option("--baseline", metavar="MODEL", help="The full-precision model: folder or Hub id.")
+]
+FormatOpt = Annotated[
+    str, typer.Option("--format", callback=_format, help="auto, human, json or quiet.", metavar="FORMAT")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", callback=_json, help="Print exactly one JSON object.")]

@@ -23,6 +23,7 @@ from quantpub.files import TEMPORARY, atomic_write, dump_json, sha256_file
 
 META = ".quantpub"
 SUMS = f"{META}/SHA256SUMS"
+JOURNAL = ("shard", "sha256", "source_sha256")
 
 
 class Artifact:
@@ -57,21 +58,22 @@ class Artifact:
         return artifact
 
     def run(self) -> dict[str, Any]:
-        return self.read_json("run.json")
+        """Errors: InputError when it is damaged."""
+        return self.read_json("run.json", ("stages",))
 
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
         return config
 
     def has(self, name: str) -> bool:
         """Whether the evidence file `.quantpub/name` exists."""
         return (self.meta / name).is_file()
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The evidence file `.quantpub/name`. Errors: InputError when it is missing or damaged."""
+    def read_json(self, name: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The evidence file `.quantpub/name`. Errors: InputError when it is missing, damaged, or lacks one of `keys`."""
         path = self.meta / name
         try:
-            value: dict[str, Any] = json.loads(path.read_text())
+            value: dict[str, Any] = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise InputError(
                 "the evidence file is missing", where=str(path), next="run the stage that makes it"
@@ -80,6 +82,9 @@ class Artifact:
             raise InputError(
                 f"not valid JSON: {error}", where=str(path), next="run the stage that makes it again"
             ) from None
+        if not isinstance(value, dict) or not all(key in value for key in keys):
+            advice = "remove the folder and quantize again"
+            raise InputError("damaged: it does not hold what quantpub wrote", where=str(path), next=advice)
         return value
 
     def write(self, relative: str, data: bytes) -> None:
@@ -101,9 +106,11 @@ class Artifact:
 
     def record(self, stage: str, value: dict[str, Any]) -> None:
         """Put one stage's summary into run.json, and seal."""
-        run = self.run()
-        run["stages"] = dict(sorted({**run["stages"], stage: value}.items()))
-        self.write(f"{META}/run.json", dump_json(run))
+        self.mark("stages", dict(sorted({**self.run()["stages"], stage: value}.items())))
+
+    def mark(self, key: str, value: Any) -> None:
+        """Set one entry of run.json, and seal."""
+        self.write(f"{META}/run.json", dump_json(self.run() | {key: value}))
         self.seal()
 
     def files(self) -> list[str]:
@@ -114,7 +121,7 @@ class Artifact:
     def sums(self) -> dict[str, str]:
         """path → sha256, as SHA256SUMS states it."""
         path = self.path / SUMS
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def seal(self) -> None:
@@ -132,12 +139,21 @@ class Artifact:
         self._removed.clear()
 
     def journal(self) -> dict[str, str]:
-        """shard → sha256 of every finished shard. A line cut off by a crash is not finished."""
+        """shard → sha256 of every finished shard."""
+        return {shard: entry["sha256"] for shard, entry in self.journal_entries().items()}
+
+    def journal_entries(self) -> dict[str, dict[str, str]]:
+        """shard → its line of the journal. A line cut off by a crash is not finished. Errors: InputError when damaged."""
         path = self.meta / "journal.jsonl"
         if not path.is_file():
             return {}
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return {entry["shard"]: entry["sha256"] for entry in map(json.loads, whole)}
+        whole = [line for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            entries = [json.loads(line) for line in whole]
+            return {entry["shard"]: {key: str(entry[key]) for key in JOURNAL} for entry in entries}
+        except (ValueError, KeyError, TypeError):
+            advice = "remove the folder and quantize again"
+            raise InputError("damaged: it does not hold what quantpub wrote", where=str(path), next=advice) from None
 
     def damage(self) -> list[str]:
         """Files that are missing or whose bytes differ from SHA256SUMS, and files that it does not list."""

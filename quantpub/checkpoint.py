@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantpub.errors import InputError, UnavailableError
 from quantpub.families import Family
-from quantpub.shards import DTYPES, TensorInfo
-from quantpub.sources import Source, open_source
+from quantpub.shards import DTYPES, TensorInfo, read_header
+from quantpub.sources import Source, open_source, read_errors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = 8 << 20  # tensors that are only copied travel in pieces of this many bytes
@@ -94,7 +94,7 @@ def _config(source: Source) -> dict[str, Any]:
             "there is no config.json", where=source.label, next="name a folder or repo in Hugging Face form"
         )
     try:
-        config: dict[str, Any] = json.loads(source.path("config.json").read_bytes())
+        config: dict[str, Any] = json.loads(source.read("config.json"))
     except ValueError as error:
         raise InputError(f"not valid JSON: {error}", where=where) from None
     if not isinstance(config, dict):
@@ -127,6 +127,8 @@ def _shard_names(source: Source) -> list[str]:
     if INDEX in source.files:
         names = sorted(set(_index(source).values()))
         missing = [name for name in names if name not in source.files]
+        if nested := [name for name in names if "/" in name]:
+            raise InputError(f"it names {nested[0]}, outside the folder", where=source.where(INDEX))
         if missing:
             raise InputError(
                 f"it names {missing[0]}, which does not exist",
@@ -148,7 +150,7 @@ def _shard_names(source: Source) -> list[str]:
 
 def _index(source: Source) -> dict[str, str]:
     try:
-        weight_map: dict[str, str] = json.loads(source.path(INDEX).read_bytes())["weight_map"]
+        weight_map: dict[str, str] = json.loads(source.read(INDEX))["weight_map"]
         return dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
@@ -176,14 +178,24 @@ def _is_companion(name: str) -> bool:
     if "/" in name:
         return name.startswith("additional_chat_templates/") and name.endswith(".jinja")
     small = name.lower()
-    return name not in NOT_COMPANIONS and (small.endswith(COMPANION_SUFFIXES) or small.startswith(COMPANION_PREFIXES))
+    return (
+        name not in NOT_COMPANIONS
+        and not small.endswith(".index.json")
+        and (small.endswith(COMPANION_SUFFIXES) or small.startswith(COMPANION_PREFIXES))
+    )
 
 
 class ShardReader:
     """Reads a shard once, front to back, with plain reads (a mapped file would count as memory), hashing as it goes."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file, self._hash = path, path.open("rb", buffering=0), hashlib.sha256()
+    def __init__(self, checkpoint: Checkpoint, shard: str) -> None:
+        """Errors: InputError when the file cannot be read, UnavailableError when it is not the one that was planned."""
+        self._path = checkpoint.source.path(shard)
+        with read_errors(self._path):
+            self._file, self._hash = self._path.open("rb", buffering=0), hashlib.sha256()
+        self._state = _state(self._file.fileno())
+        if read_header(self._path)[0] != checkpoint.shards[shard]:
+            raise self._changed()
 
     def tensor(self, part: Slice) -> torch.Tensor:
         """The whole tensor. Must be called in file order."""
@@ -202,8 +214,14 @@ class ShardReader:
         """The sha256 of the whole file."""
         while rest := self._file.read(PIECE):
             self._hash.update(rest)
+        if _state(self._file.fileno()) != self._state:
+            raise self._changed()
         self._file.close()
         return self._hash.hexdigest()
+
+    def _changed(self) -> UnavailableError:
+        advice = "keep the source unchanged and run the same command again"
+        return UnavailableError("the file changed while it was read", where=str(self._path), next=advice)
 
     def _fill(self, start: int, buffer: memoryview) -> None:
         gap = start - self._file.tell()
@@ -214,13 +232,14 @@ class ShardReader:
         while filled < len(buffer):
             got = self._file.readinto(buffer[filled:])
             if not got:
-                raise UnavailableError(
-                    "the file became shorter while it was read",
-                    where=str(self._path),
-                    next="keep the source unchanged and run the same command again",
-                )
+                raise self._changed()
             filled += got
         self._hash.update(buffer)
+
+
+def _state(fd: int) -> tuple[int, int, int]:
+    found = os.fstat(fd)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_slice(source: Source, part: Slice) -> torch.Tensor:
@@ -231,4 +250,6 @@ def read_slice(source: Source, part: Slice) -> torch.Tensor:
         view = memoryview(raw.numpy().data)
         while view and (got := f.readinto(view)):
             view = view[got:]
+    if view:
+        raise InputError("the shard is shorter than its header says", where=source.where(part.shard))
     return raw.view(DTYPES[part.info.dtype]).view(part.info.shape)

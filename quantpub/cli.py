@@ -6,10 +6,14 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input or failed gate, 4 auth, 5 conflict
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +32,7 @@ from quantpub.options import (
     RevisionOpt,
     out,
 )
+from quantpub.output import OutputClosed, plain_streams
 
 app = typer.Typer(
     name="quantpub",
@@ -79,7 +84,12 @@ def plan(
 
     plans = _plans(model, recipe, engine, layout, revision)
     found = [summary(p) | ({"actions": [a.as_json() for a in p.actions]} if tensors else {}) for p in plans]
-    out.result({"plans": found}, lambda: show_plans(out, found), quiet=str(found[0]["output_bytes"]))
+    out.result(
+        {"plans": found},
+        lambda: show_plans(out, found),
+        quiet=str(found[0]["output_bytes"]),
+        ok=not any(p.rejections for p in plans),
+    )
     for p in plans:
         require_runnable(p)
 
@@ -128,7 +138,9 @@ def verify(
     artifact = Artifact.open(checkpoint)
     with out.bar("verifying", 0) as advance:
         evidence = run(artifact, source, advance)
-    out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"])
+    out.result(
+        evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=evidence["verdict"] != "failed"
+    )
     if failed := failures(evidence):
         raise GateError(failed, where=str(checkpoint), next="do not publish it; quantize again")
 
@@ -156,7 +168,8 @@ def profile(
             budget_seconds=budget_seconds,
             progress=_counted(advance),
         )
-    out.result(evidence, lambda: show_profile(out, evidence), quiet=evidence["verdict"]["gate"])
+    verdict = evidence["verdict"]
+    out.result(evidence, lambda: show_profile(out, evidence), quiet=verdict["gate"], ok=verdict["gate"] != "failed")
     if evidence["verdict"]["gate"] == "failed":
         raise GateError(evidence["verdict"]["reason"], where=str(checkpoint))
 
@@ -179,7 +192,9 @@ def eval(
     artifact = Artifact.open(checkpoint)
     with out.bar("evaluating", 0) as advance:
         evidence = evaluate(artifact, baseline, data, windows=windows, window=window, progress=_counted(advance))
-    out.result(evidence, lambda: show_eval(out, evidence), quiet=str(evidence["kl"]["mean"]))
+    out.result(
+        evidence, lambda: show_eval(out, evidence), quiet=str(evidence["kl"]["mean"]), ok=check_gate(evidence) is None
+    )
     if reason := check_gate(evidence):
         raise GateError(reason, where=str(checkpoint), next="choose a recipe with more bits, or calibration")
 
@@ -206,6 +221,7 @@ def card(
             {"card": "README.md", "differences": reasons},
             lambda: out.line("README.md says what the evidence says") if not reasons else None,
             quiet="",
+            ok=not reasons,
         )
         if reasons:
             raise GateError(reasons[0], where=str(checkpoint / "README.md"), next="run `quantpub card` again")
@@ -300,32 +316,67 @@ def _counted(advance: Any) -> Any:
     return lambda done, total: advance(done, total)
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which typer would turn into a silent exit."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """The console script: run, and turn every error into one line and its exit code."""
     out.reset()
+    plain_streams()
+    former = signal.signal(signal.SIGINT, _interrupt) if threading.current_thread() is threading.main_thread() else None
     try:
-        app()
+        code = app(standalone_mode=False)
     except QuantpubError as error:
         _fail(str(error), error.as_json(), error.exit_code)
-    except KeyboardInterrupt:
+    except Interrupted:
         _fail(
-            "interrupted; run the same command again to resume",
+            "interrupted | run the same command again: it resumes",
             {"code": "interrupted", "exit": INTERRUPTED},
             INTERRUPTED,
         )
+    except OutputClosed as error:
+        _leave_quietly(error)
     except Exception as error:
-        what = f"this is a bug in quantpub: {type(error).__name__}: {error}"
-        _fail(
-            f"{what} | please report it with the output of QUANTPUB_DEBUG=1",
-            {"code": "bug", "exit": 1, "what": what},
-            1,
-        )
+        _unexpected(error)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGINT, former)
 
 
-def _fail(line: str, error: dict[str, object], code: int) -> None:
+def _leave_quietly(error: OutputClosed) -> None:
+    """A reader that left is no news to anyone; the exit code says that the output was not taken."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - what Python flushes when it ends goes nowhere
+    if "pipe" not in str(error):
+        sys.stderr.write(f"error: stdout: {error} | free some space, or write elsewhere\n")
+    sys.exit(6)
+
+
+def _unexpected(error: Exception) -> None:
+    """Typer's own errors (a wrong option, a missing argument) are usage; anything else is a bug."""
+    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if callable(message) and isinstance(code, int):
+        text = str(message())
+        if "Usage:" in text:  # a command without arguments shows its help
+            sys.stdout.write(text + "\n")
+            sys.exit(code)
+        advice = "see `quantpub --help`"
+        _fail(f"{' '.join(text.split())} | {advice}", {"code": "usage", "exit": 2, "what": text, "next": advice}, 2)
+    what = f"this is a bug in quantpub: {type(error).__name__}: {' '.join(str(error).split())}"
+    _fail(f"{what} | please report it with the output of QUANTPUB_DEBUG=1", {"code": "bug", "exit": 1, "what": what}, 1)
+
+
+def _fail(line: str, error: dict[str, object], code: int) -> NoReturn:
     if env.debug():
         traceback.print_exc()
-    out.error(line, error)
+    with contextlib.suppress(OutputClosed):
+        out.error(line, error)
     sys.exit(code)
 
 

@@ -23,6 +23,7 @@ from quantpub.scheme import ActFormat, Scheme, WeightFormat
 from quantpub.shards import DTYPES, TensorInfo, read_header
 
 AGAIN = "quantize it again into another folder"
+PLANNED = {"tensor", "as", "shard", "dtype", "shape", "role", "action", "outputs"}
 
 
 def scheme_of(value: dict[str, Any]) -> Scheme:
@@ -38,7 +39,7 @@ class Decoder:
 
     def __init__(self, artifact: Artifact) -> None:
         """Errors: InputError when run.json or the plan is missing or damaged."""
-        run = artifact.run()
+        run = artifact.read_json("run.json", ("scheme", "layout", "source", "stages"))
         self.artifact = artifact
         self.scheme = scheme_of(run["scheme"])
         self.layout: Layout = load(LAYOUTS, "layout", run["layout"])
@@ -120,6 +121,9 @@ def plan_lines(artifact: Artifact) -> list[dict[str, Any]]:
     """plan.jsonl: one entry per tensor. Errors: InputError when it is missing or damaged."""
     path = artifact.meta / "plan.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        if not all(line.keys() >= PLANNED for line in lines):
+            raise ValueError
+        return lines
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"the plan cannot be read ({type(error).__name__})", where=str(path), next=AGAIN) from None

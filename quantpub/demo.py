@@ -11,6 +11,7 @@ from typing import Any
 from quantpub.artifact import Artifact
 from quantpub.errors import InputError
 from quantpub.output import Output
+from quantpub.recipe import load_recipe
 
 PACKAGE = Path(__file__).parent
 MODEL = "pycode-tiny-2m"
@@ -46,13 +47,14 @@ class Demo:
         from quantpub.checkpoint import open_checkpoint
         from quantpub.plan import make_plan
         from quantpub.quantize import quantize
-        from quantpub.recipe import load_recipe
 
         chosen = load_recipe(self.recipe)
         (layout,) = chosen.layouts(["vllm"], [])
         plan = make_plan(open_checkpoint(self.model), chosen, layout)
         with self.out.bar("quantizing", sum(action.part.info.nbytes for action in plan.actions)) as advance:
-            return quantize([plan], self.folder, progress=advance)[0]
+            report = quantize([plan], self.folder, progress=advance)[0]
+        Artifact.open(self.folder).mark("demo", MODEL)
+        return report
 
     def verify(self) -> dict[str, Any]:
         from quantpub.verify.run import verify
@@ -101,6 +103,7 @@ def demo(folder: Path, recipe: str, out: Output) -> dict[str, Any]:
         "card": ("the model card, from the evidence", run.card),
         "publish": ("a rehearsal on a Hub on this machine", run.publish),
     }
+    load_recipe(recipe)  # a wrong name is said before anything is done
     _make_room(folder)
     report: dict[str, Any] = {}
     for place, (name, (what, stage)) in enumerate(stages.items(), 1):
@@ -111,5 +114,6 @@ def demo(folder: Path, recipe: str, out: Output) -> dict[str, Any]:
 
 def _make_room(folder: Path) -> None:
     """A former demo's folder is replaced; anything else is left for the quantize stage to refuse."""
-    if (folder / ".quantpub" / "run.json").is_file():
+    artifact = Artifact(folder)
+    if artifact.has("run.json") and artifact.run().get("demo") == MODEL:
         shutil.rmtree(folder)

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ RECORDED = (
     "bits_per_weight",
     "tensor_parallel",
 )
+OWN = (f"{META}/recipe.yaml", f"{META}/plan.jsonl", f"{META}/journal.jsonl")
 ELSEWHERE = "choose another folder with -o"
 
 
@@ -49,34 +51,32 @@ class Destination:
     def __init__(self, plan: Plan, folder: Path) -> None:
         """Errors: ConflictError when the folder holds anything but this very artifact, begun or finished."""
         self.plan, self.artifact = plan, Artifact(folder)
-        self.created = not folder.exists()
         self.digest = plan.digest()
         self.finished: set[str] = set()
-        self.complete = self._claimed() and self._is_complete()
         self._writer: ShardWriter | None = None
         self._locked: int | None = None
+        with disk_errors(folder):
+            claimed = self._claimed()
+        self.complete = claimed and self._is_complete()
+        self._ours = not claimed  # what a former run began is not ours to take back
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def _claimed(self) -> bool:
         """Whether the folder belongs to this digest (True) or to nothing yet (False)."""
         path = self.artifact.path
-        if path.exists() and not path.is_dir():
+        if os.path.lexists(path) and not path.is_dir():
             raise ConflictError("a file of this name exists", where=str(path), next=ELSEWHERE)
         if not self.artifact.has("run.json"):
-            held = (
-                [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY)]
-                if path.exists()
-                else []
-            )
-            if held:
-                raise ConflictError(
-                    f"the folder holds something else ({held[0].name})", where=str(path), next=ELSEWHERE
-                )
+            found = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY))
+            if held := next(found, None):
+                raise ConflictError(f"the folder holds something else ({held.name})", where=str(path), next=ELSEWHERE)
             return False
         run = self.artifact.run()
         if run.get("digest") != self.digest:
-            name = run["source"].get("name") or run["source"].get("repo")
+            source = run.get("source", {})
+            name = source.get("name") or source.get("repo")
             raise ConflictError(
-                f"the folder holds another artifact ({name}, recipe {run['recipe']}, layout {run['layout']}, "
+                f"the folder holds another artifact ({name}, recipe {run.get('recipe')}, layout {run.get('layout')}, "
                 "or an older state of the same source)",
                 where=str(path),
                 next=ELSEWHERE,
@@ -84,23 +84,32 @@ class Destination:
         return True
 
     def _is_complete(self) -> bool:
-        """Finished, and every shard still has its sha256."""
+        """Finished, of this source, and every file that this stage wrote is as it was written."""
         if "quantize" not in self.artifact.run()["stages"] or not (self.artifact.path / SUMS).is_file():
             return False
-        if set(self._intact()) == set(self.plan.shards):
-            return True
-        raise ConflictError(
-            "the finished artifact was changed since: a shard no longer has its sha256",
-            where=str(self.artifact.path),
-            next=f"remove the folder, or {ELSEWHERE}",
-        )
+        written = {*self.plan.shards, *self.plan.checkpoint.companions, "config.json", *OWN}
+        if self.plan.checkpoint.indexed:
+            written.add(INDEX)
+        if damaged := [name for name in self.artifact.damage() if name in written]:
+            raise self._changed(f"{damaged[0]} is missing or no longer has its sha256")
+        if set(self._kept()) != set(self.plan.shards):
+            raise self._changed("the source it was made from is not the same any more")
+        return True
 
-    def _intact(self) -> dict[str, str]:
-        path = self.artifact.path
+    def _changed(self, what: str) -> ConflictError:
+        where = str(self.artifact.path)
+        return ConflictError(f"the finished artifact: {what}", where=where, next=f"remove the folder, or {ELSEWHERE}")
+
+    def _kept(self) -> dict[str, dict[str, str]]:
+        """Journal entries whose shard still has its sha256 and whose source shard does: whole files, read now."""
+        path, source = self.artifact.path, self.plan.checkpoint.source
         return {
-            shard: digest
-            for shard, digest in self.artifact.journal().items()
-            if (path / shard).is_file() and sha256_file(path / shard) == digest
+            shard: entry
+            for shard, entry in self.artifact.journal_entries().items()
+            if shard in self.plan.shards
+            and (path / shard).is_file()
+            and sha256_file(path / shard) == entry["sha256"]
+            and source.sha256(shard) == entry["source_sha256"]
         }
 
     def begin(self) -> None:
@@ -112,9 +121,13 @@ class Destination:
         with disk_errors(self.artifact.path):
             self.artifact.meta.mkdir(parents=True, exist_ok=True)
             self._lock()
+        if self._claimed() and self._is_complete():  # another run ended between the first look and the lock
+            self.complete = True
+            return
+        with disk_errors(self.artifact.path):
             sweep_temporaries(self.artifact.path)
-            kept = self._intact()
-            self._trim_journal(kept)
+            kept = self._kept()
+            self._write_journal(kept)
             self._require_room(kept)
         self.artifact.write(f"{META}/run.json", dump_json(self._run()))
         self.artifact.write(f"{META}/recipe.yaml", self.plan.recipe.as_yaml().encode())
@@ -127,7 +140,7 @@ class Destination:
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.created = False  # the other one's, not ours to take back
+            self._ours = False
             where, advice = str(self.artifact.path), f"wait for it to end, or {ELSEWHERE}"
             raise ConflictError("another process is quantizing into this folder", where=where, next=advice) from None
 
@@ -136,25 +149,20 @@ class Destination:
             os.close(self._locked)
             self._locked = None
 
-    def _require_room(self, kept: dict[str, str]) -> None:
+    def _require_room(self, kept: Collection[str]) -> None:
         needed = sum(self.plan.shard_bytes(shard) for shard in self.plan.shards if shard not in kept)
         free = shutil.disk_usage(self.artifact.path).free
         if needed > free:
-            self.undo_if_empty()
             raise UnavailableError(
                 f"the disk has {free / 1e6:,.1f} MB free, the artifact needs {needed / 1e6:,.1f} MB more",
                 where=str(self.artifact.path),
                 next="free some space, or choose another disk with -o, and run again",
             )
 
-    def _trim_journal(self, kept: dict[str, str]) -> None:
-        """Drop a line that a crash cut off and lines whose shard is gone; the rest in the plan's order."""
-        path = self.artifact.meta / "journal.jsonl"
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            order = {shard: place for place, shard in enumerate(self.plan.shards)}
-            entries = {json.loads(line)["shard"]: line for line in lines}
-            lines = [entries[shard] for shard in sorted(entries, key=order.__getitem__) if shard in kept]
+    def _write_journal(self, entries: Mapping[str, Mapping[str, str]]) -> None:
+        """These entries in the plan's order: without a line that a crash cut off, and without shards that are gone."""
+        if self.artifact.has("journal.jsonl"):
+            lines = (json.dumps(entries[shard]) + "\n" for shard in self.plan.shards if shard in entries)
             self.artifact.write(f"{META}/journal.jsonl", "".join(lines).encode())
 
     def _run(self) -> dict[str, Any]:
@@ -197,10 +205,15 @@ class Destination:
 
     def end(self, device: str) -> None:
         """Everything but the weights."""
-        self._trim_journal(self.artifact.journal())
-        source = self.plan.checkpoint.source
+        if self.plan.digest() != self.digest:
+            what, advice = (
+                "the source changed while it was quantized",
+                "keep it unchanged and run the same command again",
+            )
+            raise UnavailableError(what, where=self.plan.checkpoint.source.label, next=advice)
+        self._write_journal(self.artifact.journal_entries())
         for name in self.plan.checkpoint.companions:
-            self.artifact.write(name, source.path(name).read_bytes())
+            self.artifact.write(name, self.plan.checkpoint.source.read(name))
         if self.plan.checkpoint.indexed:
             self.artifact.write(INDEX, dump_json(index_json(self.plan)))
         self.artifact.write("config.json", dump_json(artifact_config(self.plan)))
@@ -214,15 +227,21 @@ class Destination:
             self._writer = None
 
     def remove(self) -> None:
-        """Take back what this run began in a folder it made itself: its input can never be finished."""
-        if self.created:
-            shutil.rmtree(self.artifact.path, ignore_errors=True)
+        """Take back what this run wrote: its input can never be finished. What a former run left stays."""
+        if not self._ours:
+            return
+        written = (*self.plan.shards, *self.plan.checkpoint.companions, "config.json", INDEX)
+        with contextlib.suppress(OSError):
+            for name in written:
+                (self.artifact.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.artifact.meta, ignore_errors=True)
+            for folder in self._made:
+                folder.rmdir()
 
     def undo_if_empty(self) -> None:
-        """A run that failed before its first shard leaves no folder behind."""
-        if self.created and not self.artifact.journal():
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self.artifact.path)
+        """A run that failed before its first shard leaves nothing behind."""
+        if self._ours and not self.artifact.has("journal.jsonl"):
+            self.remove()
 
     def report(self, changed: bool) -> dict[str, Any]:
         record = self.artifact.run()["stages"]["quantize"]

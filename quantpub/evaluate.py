@@ -249,9 +249,8 @@ def _separator(checkpoint: Checkpoint) -> int | None:
 
 def _is_source(artifact: Artifact, checkpoint: Checkpoint) -> bool:
     """Whether the baseline's shards are, by sha256, those that the artifact was made from."""
-    lines = (artifact.meta / "journal.jsonl").read_text().splitlines()
-    made_from = {line["shard"]: line["source_sha256"] for line in map(json.loads, lines)}
-    return made_from == {shard: sha256_file(checkpoint.source.path(shard)) for shard in checkpoint.shards}
+    made_from = {shard: entry["source_sha256"] for shard, entry in artifact.journal_entries().items()}
+    return made_from == {shard: checkpoint.source.sha256(shard) for shard in checkpoint.shards}
 
 
 def _activations(model: ArtifactModel) -> dict[str, Any]:

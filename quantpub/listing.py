@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from quantpub.registry import Entry
 from quantpub.scheme import SUMMARIES
@@ -13,15 +14,20 @@ def _summaries(registry: Mapping[str, Entry]) -> dict[str, str]:
     return {name: entry.summary for name, entry in registry.items()}
 
 
-def _recipes() -> dict[str, str]:
+def _description(path: Path) -> str:
+    """A recipe's own words; of one that is broken, that it is: the others are listed all the same."""
     import yaml
 
+    try:
+        return str(yaml.safe_load(path.read_text("utf-8"))["description"])
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError, KeyError) as error:
+        return f"(not valid: {type(error).__name__})"
+
+
+def _recipes() -> dict[str, str]:
     from quantpub.recipe_files import recipe_files
 
-    return {
-        name: str((yaml.safe_load(path.read_text()) or {}).get("description", ""))
-        for name, path in recipe_files().items()
-    }
+    return {name: _description(path) for name, path in recipe_files().items()}
 
 
 def _engines() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,19 @@ from contextlib import contextmanager
 from typing import Any
 
 FORMATS = ("auto", "human", "json", "quiet")
+
+
+class OutputClosed(Exception):
+    """stdout cannot be written any more: a closed pipe, a full disk."""
+
+
+def plain_streams() -> None:
+    """Signs that the terminal's encoding lacks are escaped instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 Advance = Callable[..., None]
 
 
@@ -26,11 +40,11 @@ class Output:
         if format != "auto":
             self.format = format
 
-    def result(self, value: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
-        """The command's result, in the chosen format. Once a command."""
+    def result(self, value: dict[str, Any], human: Callable[[], Any], quiet: str, ok: bool = True) -> None:
+        """The command's result, in the chosen format. Once a command. ok: false when it ends with a failed gate."""
         self._printed = True
         if self.format == "json":
-            self._write(json.dumps({"ok": True, **value}, allow_nan=False))
+            self._write(json.dumps({"ok": ok, **value}, allow_nan=False))
         elif self.format == "quiet":
             self._write(quiet)
         else:
@@ -49,7 +63,10 @@ class Output:
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in rows:
             table.add_row(*row)
-        Console(highlight=False).print(table)
+        console = Console(highlight=False)
+        with console.capture() as rendered:
+            console.print(table)
+        self._write(rendered.get().rstrip())
 
     def talk(self, text: str) -> None:
         """A remark on stderr, for people only."""
@@ -110,4 +127,11 @@ class Output:
         return self.format == "human" and sys.stderr.isatty()
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
+        """Errors: OutputClosed when nobody reads any more, or the output's disk is full."""
+        if sys.stdout is None:
+            return
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError as error:
+            raise OutputClosed((error.strerror or str(error)).lower()) from None

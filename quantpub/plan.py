@@ -6,6 +6,7 @@ layout cannot hold is an error, not a copy, unless the recipe ignores it. Output
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -90,11 +91,16 @@ class Plan:
         return {"format": "pt", **self.layout.metadata}
 
     def digest(self) -> str:
-        """Who this run is: the source's weights, the recipe and the layout. A directory belongs to one digest."""
+        """Who this run is: source, recipe and layout. A directory belongs to one digest.
+
+        Weights enter by size and sampled blocks (on a Hub by their sha256): cheap enough to ask before every run. What
+        of a finished shard is kept is decided by the sha256 of the whole source shard (`Destination`).
+        """
         source = self.checkpoint.source
         weights = {shard: source.fingerprint(shard) for shard in self.shards}
-        config = {key: value for key, value in self.checkpoint.config.items() if key != "_name_or_path"}
-        return sha256_json([weights, config, self.recipe.digest(), self.layout.name])
+        companions = {name: hashlib.sha256(source.read(name)).hexdigest() for name in self.checkpoint.companions}
+        config = public_config(self.checkpoint)
+        return sha256_json([weights, companions, config, self.recipe.digest(), self.layout.name])
 
     def as_jsonl(self) -> bytes:
         return "".join(json.dumps(action.as_json()) + "\n" for action in self.actions).encode()
@@ -156,12 +162,19 @@ def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
     if part.info.dtype not in FLOATS:
         return f"dtype {part.info.dtype} is not one of {', '.join(FLOATS)}"
     n, k = part.info.shape
-    return layout.reject(scheme, n, k)
+    return layout.reject(scheme, n, k) if n and k else f"shape {[n, k]} is empty"
 
 
 def ignores(entries: Sequence[str], module: str) -> bool:
     """An entry is a module's full name, or `re:` and a pattern of the whole name."""
     return any(re.fullmatch(entry[3:], module) if entry.startswith("re:") else entry == module for entry in entries)
+
+
+def unmatched(plan: Plan) -> list[str]:
+    """Entries of the recipe's `ignore` that name nothing here; a tied head is no tensor, so `lm_head` may."""
+    modules = [action.module for action in plan.actions]
+    entries = [entry for entry in plan.recipe.ignore if entry != "lm_head"]
+    return [entry for entry in entries if not any(ignores((entry,), module) for module in modules)]
 
 
 def natural(name: str) -> list[Any]:
@@ -208,8 +221,14 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 def artifact_config(plan: Plan) -> dict[str, Any]:
     """The source's config.json with `quantization_config`, and without the local path transformers writes there."""
-    config = {key: value for key, value in plan.checkpoint.config.items() if key != "_name_or_path"}
-    return config | {"quantization_config": plan.layout.config(plan.scheme, plan.ignored)}
+    return public_config(plan.checkpoint) | {"quantization_config": plan.layout.config(plan.scheme, plan.ignored)}
+
+
+def public_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's configuration without the local path that transformers writes there."""
+    return {
+        key: value for key, value in checkpoint.config.items() if key not in ("_name_or_path", "quantization_config")
+    }
 
 
 def tensor_parallel(plan: Plan) -> dict[int, str | None]:
@@ -255,6 +274,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(plan),
         "tensor_parallel": {str(size): reason or "ok" for size, reason in tensor_parallel(plan).items()},
         "rejected": plan.rejections,
+        "ignore_unmatched": unmatched(plan),
         "companions": list(plan.checkpoint.companions),
         "left_behind": [name for name in plan.checkpoint.left_behind if name != INDEX],
     }

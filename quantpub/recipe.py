@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from quantpub.algorithms import ALGORITHMS
 from quantpub.errors import InputError, QuantpubError, UsageError, closest
@@ -20,7 +20,7 @@ from quantpub.files import sha256_json
 from quantpub.layouts import LAYOUTS
 from quantpub.recipe_files import recipe_files
 from quantpub.registry import load
-from quantpub.scheme import Scheme, preset
+from quantpub.scheme import WHOLE, Scheme, preset
 from quantpub.targets import TARGETS
 
 
@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     group_size: int | None = None
     algorithm: dict[str, Any]
     ignore: tuple[str, ...] = ()
-    engines: dict[str, str]
+    engines: dict[str, str] = Field(min_length=1)
     gate: Gate = Gate()
 
     @field_validator("scheme")
@@ -56,8 +56,17 @@ class Recipe(BaseModel):
     @classmethod
     def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
-            if entry.startswith("re:"):
-                re.compile(entry[3:])
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"{entry!r} is not a valid pattern: {error}") from None
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _sensible_group(cls, value: int | None) -> int | None:
+        if value is not None and value != WHOLE and value < 1:
+            raise ValueError(f"group_size is a number of columns, or {WHOLE} for whole rows, not {value}")
         return value
 
     @model_validator(mode="after")
@@ -92,7 +101,14 @@ class Recipe(BaseModel):
                 )
         if reason := algorithm.reject(self.resolved_scheme()):
             raise InputError(reason, where=f"recipe {self.name}", next="choose another algorithm or scheme")
-        return algorithm, algorithm.params(**given)
+        try:
+            return algorithm, TypeAdapter(algorithm.params).validate_python(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or algorithm.name
+            raise InputError(
+                f"{key}: {first['msg']}", where=f"recipe {self.name}", next="mend this parameter"
+            ) from None
 
     def layouts(self, engines: list[str], layouts: list[str]) -> list[str]:
         """The layouts to write, each once: those asked for by name, and those of the engines (all of them by default)."""
@@ -121,12 +137,16 @@ def load_recipe(name: str) -> Recipe:
     if path is None or not path.is_file():
         raise UsageError(f"unknown recipe {name!r}", where=None, next=closest(name, known))
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text("utf-8"))
         if not isinstance(content, dict):
             raise InputError("a recipe is a mapping of keys to values", where=str(path))
         return Recipe(**{"name": path.stem, **content})
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {error!s:.120}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte {error.start})", where=str(path), next="save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {(error.strerror or str(error)).lower()}", where=str(path)) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "recipe"

@@ -80,7 +80,15 @@ def parse_header(raw: bytes, where: str) -> tuple[dict[str, TensorInfo], dict[st
             raise InputError(f"tensor {name} has dtype {info.dtype}, which quantpub does not read", where=where)
         if tensor_bytes(info.dtype, info.shape) != info.nbytes:
             raise InputError(f"tensor {name}: its offsets do not match its shape", where=where, next=AGAIN)
+    _require_disjoint(tensors, 8 + len(raw), where)
     return tensors, metadata
+
+
+def _require_disjoint(tensors: Mapping[str, TensorInfo], start: int, where: str) -> None:
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start < start:
+            raise InputError(f"tensor {name} overlaps another", where=where, next=AGAIN)
+        start = info.end
 
 
 def _info(entry: Mapping[str, Any], base: int) -> TensorInfo:
@@ -137,7 +145,8 @@ class ShardWriter:
     ) -> None:
         """Errors: UnavailableError when the disk has no room for the whole shard, or the folder refuses it."""
         header, self.places = build_header(specs, metadata)
-        self.path, self._draft, self._open = path, temporary(path), set(specs)
+        self.path, self._draft = path, temporary(path)
+        self._open = {name for name, info in self.places.items() if info.nbytes}
         self.size = max((info.end for info in self.places.values()), default=len(header))
         try:
             self._fd = os.open(self._draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -44,6 +44,8 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
     out.line(f"  peak memory      about {size(facts['peak_memory_bytes'])}")
     for degree, verdict in facts["tensor_parallel"].items():
         out.line(f"  tensor parallel  {degree}: {verdict}")
+    for entry in facts["ignore_unmatched"]:
+        out.line(f"  ignore           {entry} matches nothing")
     if facts["left_behind"]:
         out.line(f"  left behind      {', '.join(facts['left_behind'])}")
     for tensor, reason in facts["rejected"].items():

@@ -7,6 +7,7 @@ what a shard's header says (on a Hub by range requests, without its weights), an
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import yaml
 
 from quantpub.errors import AuthError, InputError, QuantpubError, UnavailableError
+from quantpub.files import sha256_file
 from quantpub.shards import TensorInfo, parse_header, read_header
 
 Header = tuple[dict[str, TensorInfo], dict[str, str]]
@@ -33,9 +35,11 @@ class Source(Protocol):
     @property
     def files(self) -> dict[str, int]: ...
     def path(self, name: str) -> Path: ...
+    def read(self, name: str) -> bytes: ...
     def header(self, name: str) -> Header: ...
     def where(self, name: str) -> str: ...
     def fingerprint(self, shard: str) -> str: ...
+    def sha256(self, shard: str) -> str: ...
     def identity(self) -> dict[str, Any]: ...
 
 
@@ -52,8 +56,18 @@ class LocalSource:
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def read(self, name: str) -> bytes:
+        with read_errors(self.path(name)):
+            return self.path(name).read_bytes()
+
+    def sha256(self, shard: str) -> str:
+        """Of the whole file, read now."""
+        with read_errors(self.path(shard)):
+            return sha256_file(self.path(shard))
+
     def header(self, name: str) -> Header:
-        return read_header(self.path(name))
+        with read_errors(self.path(name)):
+            return read_header(self.path(name))
 
     def where(self, name: str) -> str:
         return str(self.folder / name)
@@ -62,7 +76,7 @@ class LocalSource:
         """Digest of a shard's size and of blocks sampled across it: cheap, and different for retrained weights."""
         path, size = self.path(shard), self.files[shard]
         digest = hashlib.sha256(str(size).encode())
-        with path.open("rb", buffering=0) as f:
+        with read_errors(path), path.open("rb", buffering=0) as f:
             for i in range(SAMPLES):
                 f.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
                 digest.update(f.read(SAMPLE))
@@ -70,8 +84,15 @@ class LocalSource:
 
     def identity(self) -> dict[str, Any]:
         """The folder's own name, not its path: nothing local goes into an artifact."""
-        card = self.path("README.md").read_text("utf-8", "replace") if "README.md" in self.files else ""
-        return {"kind": "local", "name": self.folder.resolve().name, **licence(front_matter(card))}
+        card = self.read("README.md").decode("utf-8", "replace") if "README.md" in self.files else ""
+        return {"kind": "local", "name": _own_name(self.folder.absolute()), **licence(front_matter(card))}
+
+
+def _own_name(folder: Path) -> str:
+    """A folder's name; of a snapshot in the Hub's cache (models--OWNER--NAME/snapshots/COMMIT) the model's."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.resolve().name
 
 
 class HubSource:
@@ -98,6 +119,14 @@ class HubSource:
         with hub_errors(self.repo, self.commit):
             return Path(hf_hub_download(self.repo, name, revision=self.commit, library_name="quantpub"))
 
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def sha256(self, shard: str) -> str:
+        """As the Hub states it; of a file that is not in LFS, computed."""
+        entry = self._entry(shard)
+        return str(entry.lfs.sha256) if entry.lfs else sha256_file(self.path(shard))
+
     def header(self, name: str) -> Header:
         """By two range requests: 8 bytes of length, then the header. The size is checked against the repository's."""
         from huggingface_hub import HfFileSystem
@@ -118,8 +147,11 @@ class HubSource:
         return f"{self.label}/{name}"
 
     def fingerprint(self, shard: str) -> str:
-        entry = next(e for e in self._info.siblings or [] if e.rfilename == shard)
-        return entry.lfs.sha256 if entry.lfs else str(entry.blob_id)
+        entry = self._entry(shard)
+        return str(entry.lfs.sha256) if entry.lfs else str(entry.blob_id)
+
+    def _entry(self, name: str) -> Any:
+        return next(entry for entry in self._info.siblings or [] if entry.rfilename == name)
 
     def identity(self) -> dict[str, Any]:
         card = self._info.card_data.to_dict() if self._info.card_data else {}
@@ -147,12 +179,26 @@ def front_matter(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """A local file that cannot be read, as one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"cannot be read: {reason}", where=str(path), next="check the file and its permissions"
+        ) from None
+
+
 def open_source(model: str, revision: str | None) -> Source:
     """A folder when one of that name exists, else a Hub id. Errors: InputError, AuthError, UnavailableError."""
     folder = Path(model)
     if folder.is_dir():
         if revision:
             raise InputError("--revision goes with a Hub id, not with a local folder", where=model)
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError("the folder cannot be read: permission denied", where=model, next="check its permissions")
         return LocalSource(folder)
     if folder.exists() or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise InputError("no such folder", where=model, next="name a checkpoint's folder, or a Hub id like owner/name")

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+PATIENCE = 2.0  # seconds
 
 
 class _Line(Generic[T]):
@@ -59,7 +60,8 @@ class _Line(Generic[T]):
 def background(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Generator[T, None, None]:
     """Iterate `items` in a thread that may be at most `limit` bytes (or one item) ahead of the caller.
 
-    An exception there is raised here, in its place. Leaving the loop early stops the thread before its next item.
+    An exception there is raised here, in its place. Leaving the loop early stops the thread before its next item; one
+    that is waiting for a slow source is not waited for longer than PATIENCE.
     """
     line: _Line[T] = _Line(limit)
     thread = threading.Thread(target=_fill, args=(line, items, nbytes), daemon=True)
@@ -71,7 +73,7 @@ def background(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Ge
             raise line.failure
     finally:
         line.stop()
-        thread.join()
+        thread.join(PATIENCE)
 
 
 def _fill(line: _Line[T], items: Iterable[T], nbytes: Callable[[T], int]) -> None:
@@ -83,9 +85,16 @@ def _fill(line: _Line[T], items: Iterable[T], nbytes: Callable[[T], int]) -> Non
         line.failure = error
     finally:
         line.close()
+        _end(items)
 
 
-def concurrently(items: Iterable[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
+def _end(items: Iterable[object]) -> None:
+    """Close a generator in the thread that ran it; another thread may not while it runs."""
+    if isinstance(items, Generator):
+        items.close()
+
+
+def concurrently(items: Iterable[T], work: Callable[[T], R], workers: int) -> Generator[R, None, None]:
     """`work` on up to `workers` items at a time, results in the order of the items. The first exception ends it."""
     with ThreadPoolExecutor(workers) as pool:
         running: deque[Future[R]] = deque()
@@ -99,3 +108,4 @@ def concurrently(items: Iterable[T], work: Callable[[T], R], workers: int) -> It
         finally:
             for future in running:
                 future.cancel()
+            _end(items)

@@ -251,7 +251,7 @@ def test_without_an_evaluation_there_is_no_figure_of_quality(full: Artifact, bar
         assert "eval" in report["not_measured"]
         assert not re.search(r"KL|erplexity|nats", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         assert "Not measured." in section(text, "Quality")
-        assert "quantpub eval acme/tiny --baseline model" in section(text, "Quality")
+        assert "quantpub eval acme/tiny --baseline pycode-tiny-2m" in section(text, "Quality")
         assert "Quality was not measured." in section(text, "Limitations")
         assert check(artifact) == []
 

@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 19
 
 @dataclass(frozen=True)
 class Algorithm:
-    """name; params: a frozen dataclass type; supports: scheme → reason it cannot, or None; quantize: the function."""
+    """name; params: a frozen dataclass type; reject: scheme → reason it cannot, or None; quantize: the function."""
 
     name: str
     params: type[Any]

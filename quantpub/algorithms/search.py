@@ -32,6 +32,10 @@ class Params:
     shrink: float = 0.65
     refine: int = 3
 
+    def __post_init__(self) -> None:
+        if not (self.grid >= 1 and 0 < self.shrink <= 1 and self.refine >= 0):
+            raise ValueError("grid is at least 1, shrink lies in (0, 1], refine is at least 0")
+
 
 def reject(scheme: Scheme) -> str | None:
     if scheme.weight.number.kind != "int":

@@ -41,7 +41,7 @@ def facts(artifact: Artifact, repo_id: str | None) -> Facts:
         "components": [_component(part) for part in parts],
         "engines": engines(run),
         "tensor_parallel": made.get("tensor_parallel", {}),
-        "recipe": (artifact.meta / "recipe.yaml").read_text().rstrip(),
+        "recipe": (artifact.meta / "recipe.yaml").read_text("utf-8").rstrip(),
         "made": made,
         "quality": quality(evidence["eval"]),
         "speed": speed(evidence["profile"]),

@@ -9,9 +9,13 @@ from quantpub.artifact import Artifact
 from quantpub.checkpoint import Checkpoint, open_checkpoint
 from quantpub.errors import InputError, QuantpubError
 from quantpub.evidence import made_by
+from quantpub.families import FAMILIES
 from quantpub.registry import load
 from quantpub.verify import RULES
 from quantpub.verify.base import FAILED, SKIPPED, Finding, Subject, failed
+from quantpub.verify.source import source_parts
+
+SOURCE = "name the model the artifact was made from"
 
 
 def verify(
@@ -43,8 +47,8 @@ def _judge(name: str, subject: Subject) -> Finding:
         return rule(subject)
     except QuantpubError as error:
         return failed(str(error))
-    except (KeyError, ValueError, OSError) as error:
-        return failed(f"cannot be read: {type(error).__name__}: {error}")
+    except Exception as error:  # whatever it is, the artifact does not bear looking at
+        return failed(f"the check could not be carried out: {type(error).__name__}: {error!s:.200}")
 
 
 def verdict(findings: dict[str, Finding]) -> str:
@@ -54,27 +58,23 @@ def verdict(findings: dict[str, Finding]) -> str:
 
 
 def _source(artifact: Artifact, source: str | None) -> Checkpoint | None:
-    recorded = artifact.run()["source"]
+    recorded = artifact.read_json("run.json", ("source", "stages"))["source"]
     if source is None:
         return None
     checkpoint = open_checkpoint(
         source, recorded["commit"] if recorded["kind"] == "hub" and recorded["repo"] == source else None
     )
-    names = {part.name for part in _parts(checkpoint)}
-    planned = {line["as"] for line in Subject(artifact, checkpoint).decoder.actions}
-    if not names & planned:
+    if checkpoint.config.get("model_type") not in FAMILIES:
         raise InputError(
-            "no tensor of it is in the artifact: another model",
-            where=source,
-            next="name the model the artifact was made from",
+            f"unknown architecture {checkpoint.config.get('model_type')!r}: another model", where=source, next=SOURCE
         )
+    found = {part.name: part.info.shape for part in source_parts(checkpoint).values()}
+    planned = {line["as"]: tuple(line["shape"]) for line in Subject(artifact, checkpoint).decoder.actions}
+    if not any(found.get(name) == shape for name, shape in planned.items()):
+        raise InputError("no tensor of it is in the artifact: another model", where=source, next=SOURCE)
+    if differing := [name for name, shape in planned.items() if found.get(name, shape) != shape]:
+        raise InputError(f"{differing[0]} has another shape in the artifact: another model", where=source, next=SOURCE)
     return checkpoint
-
-
-def _parts(checkpoint: Checkpoint) -> list[Any]:
-    from quantpub.verify.source import source_parts
-
-    return list(source_parts(checkpoint).values())
 
 
 def failures(evidence: dict[str, Any]) -> str | None:

@@ -7,7 +7,8 @@ import math
 import re
 
 from quantpub.checkpoint import INDEX, PICKLES
-from quantpub.shards import DTYPES, TensorInfo, read_header
+from quantpub.plan import public_config
+from quantpub.shards import TensorInfo, read_header
 from quantpub.verify.base import Finding, Subject, first
 
 LOCAL_PATH = re.compile(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\)")
@@ -38,8 +39,10 @@ def index(subject: Subject) -> Finding:
     total = sum(len(infos) for infos in _headers(subject).values())
     path = subject.artifact.path / INDEX
     problems = [] if total == len(found) else ["a tensor lies in two shards"]
+    if len(_headers(subject)) > 1 and not path.is_file():
+        problems.append(f"{INDEX} is missing: engines find shards by it")
     if path.is_file():
-        stated = json.loads(path.read_text())["weight_map"]
+        stated = json.loads(path.read_text("utf-8"))["weight_map"]
         wrong = sorted(name for name in {*stated, *found} if stated.get(name) != found.get(name))
         problems += [f"{name}: index says {stated.get(name)}, found in {found.get(name)}" for name in wrong]
     return first(problems, f"{len(found)} tensors in {len(_headers(subject))} shards")
@@ -80,6 +83,10 @@ def config(subject: Subject) -> Finding:
         if line["action"] == "copy" and line["role"] in ("linear", "router", "head")
     }
     problems += [f"{module} is not quantized, and not listed in ignore" for module in sorted(plain - set(ignore))]
+    if subject.source is not None:
+        expected = public_config(subject.source)
+        ours = {key: value for key, value in stated.items() if key != "quantization_config"}
+        problems += [f"{key} is not the source's" for key in {*ours, *expected} if ours.get(key) != expected.get(key)]
     if found := LOCAL_PATH.search(json.dumps(stated)):
         problems.append(f"config.json holds a local path ({found[0]}…)")
     return first(problems, f"{declared.get('format')}, {len(ignore)} modules ignored by name")
@@ -100,14 +107,13 @@ def bits(subject: Subject) -> Finding:
     weights = sum(math.prod(shape) for _, shape in subject.decoder.modules())
     actual = round(8 * sum(on_disk[name].nbytes for name in owned) / weights, 4) if weights else None
     size = sum((subject.artifact.path / shard).stat().st_size for shard in headers)
-    number = subject.decoder.scheme.weight.number
-    code_bits = 8 * max((DTYPES[on_disk[n].dtype].itemsize * math.prod(on_disk[n].shape) for n in owned), default=0)
     problems = (
         [f"{actual} bits a quantized weight on disk, {record['bits_per_quantized_weight']} declared"]
         if actual != record["bits_per_quantized_weight"]
         else []
     )
     problems += [f"{size} bytes on disk, {record['output_bytes']} declared"] if size != record["output_bytes"] else []
-    if actual is not None and code_bits and actual < number.bits:
-        problems.append(f"{actual} bits a weight cannot hold {number.bits}-bit codes")
+    bits_of_code = subject.decoder.scheme.weight.number.bits
+    if actual is not None and actual < bits_of_code:
+        problems.append(f"{actual} bits a weight cannot hold {bits_of_code}-bit codes")
     return first(problems, f"{actual} bits a quantized weight, {record['bits_per_weight']} over all parameters")

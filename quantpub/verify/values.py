@@ -1,7 +1,7 @@
 """The rule of values: every quantized tensor is decoded, dequantized once, and compared with the weight it stands for.
 
-SQNR = 10·log10(Σ w² / Σ (w − dequantize(q))²), in decibels, tensor by tensor. A wrong nibble order, a scale off by one
-group or half a tensor of zeros costs 15 dB and more; a hard tensor costs two or three.
+SQNR = 10·log10(Σ w² / Σ (w − dequantize(q))²), in decibels, over the tensor and in the median over its rows. A wrong
+nibble order or a scale off by one group costs 15 dB and more; a hard tensor costs two or three.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def values(subject: Subject) -> Finding:
             problems.append(f"{module}: {reason}")
         if subject.source is not None:
             w_NK = read_slice(subject.source.source, parts[f"{module}.weight"])
-            measured[module] = sqnr_db(w_NK, q)
-            if measured[module] < floor:
-                problems.append(f"{module}: SQNR {measured[module]:.1f} dB, the floor is {floor:g} dB")
+            whole, rows = sqnr_db(w_NK, q)
+            measured[module] = whole
+            if not min(whole, rows) >= floor:
+                problems.append(f"{module}: SQNR {min(whole, rows):.1f} dB, the floor is {floor:g} dB")
         subject.progress(done, len(modules))
     _leave_figures(subject, measured, floor)
     if not problems and subject.source is None:
@@ -54,14 +55,24 @@ def unsound(q: QTensor) -> str | None:
     return None
 
 
-def sqnr_db(w_NK: torch.Tensor, q: QTensor) -> float:
-    """SQNR of one tensor in dB; a tensor that is exact (or all zeros, exactly) counts as 200."""
-    w = w_NK.float()
-    noise = float((w - dequantize(q)).square_().sum(dtype=torch.float64))
-    signal = float(w.square_().sum(dtype=torch.float64))
-    if noise == 0:
+def sqnr_db(w_NK: torch.Tensor, q: QTensor) -> tuple[float, float]:
+    """SQNR in dB of the whole tensor, and the median over its rows that are not zero.
+
+    The median is there because one large weight can carry a whole tensor's power. What is exact counts as 200 dB, what
+    is not a number as −200.
+    """
+    w_NK = w_NK.double()
+    noise_N = (w_NK - dequantize(q).double()).square_().sum(1)
+    signal_N = w_NK.square().sum(1)
+    rows_N = (signal_N / noise_N)[signal_N > 0]
+    whole = _decibels(float(signal_N.sum() / noise_N.sum()), exact=not noise_N.any())
+    return whole, _decibels(float(rows_N.median()) if len(rows_N) else math.inf, exact=not noise_N.any())
+
+
+def _decibels(ratio: float, exact: bool) -> float:
+    if exact or ratio == math.inf:
         return 200.0
-    return 10 * math.log10(signal / noise) if signal else -200.0
+    return 10 * math.log10(ratio) if ratio > 0 and math.isfinite(ratio) else -200.0
 
 
 def _leave_figures(subject: Subject, measured: dict[str, float], floor: float) -> None:

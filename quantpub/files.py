@@ -7,6 +7,7 @@ starts with `.tmp-`, so that what a killed process left behind is recognised and
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from quantpub import env
 from quantpub.errors import QuantpubError, UnavailableError
 
 TEMPORARY = ".tmp-"
+NOT_WRITABLE = (errno.EPERM, errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
 _passages: dict[str, int] = {}
 
 
@@ -45,7 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def disk_error(error: OSError, path: Path) -> QuantpubError:
     reason = (error.strerror or str(error)).lower()
     advice = "free some space and run the same command again: finished shards are kept"
-    if error.errno in (13, 30, 1, 20, 21):  # EACCES EROFS EPERM ENOTDIR EISDIR
+    if error.errno in NOT_WRITABLE:
         advice = "choose a folder you can write to with -o"
     return UnavailableError(f"cannot write: {reason}", where=str(path), next=advice)
 

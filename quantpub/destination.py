@@ -145,7 +145,10 @@ class Destination:
             raise ConflictError("another process is quantizing into this folder", where=where, next=advice) from None
 
     def unlock(self) -> None:
+        """Sweep what an interruption left half-written, wherever it struck, and let others in."""
         if self._locked is not None:
+            with contextlib.suppress(OSError):
+                sweep_temporaries(self.artifact.path)
             os.close(self._locked)
             self._locked = None
 

@@ -83,7 +83,7 @@ def atomic_write(path: Path, data: bytes) -> None:
                 f.flush()
                 os.fsync(f.fileno())
             publish_file(draft, path)
-        except OSError:
+        except BaseException:
             draft.unlink(missing_ok=True)
             raise
 

@@ -1,4 +1,4 @@
-"""The command line: one short function a command, one place where errors are rendered, one output object.
+"""The command line: one short function a command; `ending` renders errors, `output` everything else.
 
 stdout is data (`--json`: exactly one object), stderr is talk. Nothing here imports torch until a command needs it.
 Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input or failed gate, 4 auth, 5 conflict, 6 unavailable (run again), 130 interrupted.
@@ -6,19 +6,13 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input or failed gate, 4 auth, 5 conflict
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import sys
-import threading
-import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from quantpub import __version__, env
-from quantpub.errors import INTERRUPTED, GateError, QuantpubError, UsageError, closest
+from quantpub import __version__, ending
+from quantpub.errors import GateError, UsageError, closest
 from quantpub.options import (
     BaselineOpt,
     CheckpointArg,
@@ -30,9 +24,9 @@ from quantpub.options import (
     OutOpt,
     RecipeOpt,
     RevisionOpt,
+    integers,
     out,
 )
-from quantpub.output import OutputClosed, plain_streams
 
 app = typer.Typer(
     name="quantpub",
@@ -163,10 +157,10 @@ def profile(
     with out.bar("profiling", 0) as advance:
         evidence = run(
             artifact,
-            m=_integers("--m", m),
+            m=integers("--m", m),
             kernels=kernels.split(",") if kernels else None,
             budget_seconds=budget_seconds,
-            progress=_counted(advance),
+            progress=advance,
         )
     verdict = evidence["verdict"]
     out.result(evidence, lambda: show_profile(out, evidence), quiet=verdict["gate"], ok=verdict["gate"] != "failed")
@@ -191,7 +185,7 @@ def eval(
 
     artifact = Artifact.open(checkpoint)
     with out.bar("evaluating", 0) as advance:
-        evidence = evaluate(artifact, baseline, data, windows=windows, window=window, progress=_counted(advance))
+        evidence = evaluate(artifact, baseline, data, windows=windows, window=window, progress=advance)
     out.result(
         evidence, lambda: show_eval(out, evidence), quiet=str(evidence["kl"]["mean"]), ok=check_gate(evidence) is None
     )
@@ -299,85 +293,9 @@ def demo(
     out.result(report, lambda: show_demo(out, report, output), quiet=str(output))
 
 
-def _integers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise UsageError(f"{option} takes whole numbers from 1, separated by commas, not {text!r}")
-    return values
-
-
-def _counted(advance: Any) -> Any:
-    """A progress callback of the form (done, total) for a bar that counts up."""
-    return lambda done, total: advance(done, total)
-
-
-class Interrupted(BaseException):
-    """Ctrl-C. Not KeyboardInterrupt, which typer would turn into a silent exit."""
-
-
-def _interrupt(*_: object) -> None:
-    raise Interrupted
-
-
 def main() -> None:
-    """The console script: run, and turn every error into one line and its exit code."""
-    out.reset()
-    plain_streams()
-    former = signal.signal(signal.SIGINT, _interrupt) if threading.current_thread() is threading.main_thread() else None
-    try:
-        code = app(standalone_mode=False)
-    except QuantpubError as error:
-        _fail(str(error), error.as_json(), error.exit_code)
-    except Interrupted:
-        _fail(
-            "interrupted | run the same command again: it resumes",
-            {"code": "interrupted", "exit": INTERRUPTED},
-            INTERRUPTED,
-        )
-    except OutputClosed as error:
-        _leave_quietly(error)
-    except Exception as error:
-        _unexpected(error)
-    else:
-        sys.exit(code if isinstance(code, int) else 0)
-    finally:
-        if former is not None:
-            signal.signal(signal.SIGINT, former)
-
-
-def _leave_quietly(error: OutputClosed) -> None:
-    """A reader that left is no news to anyone; the exit code says that the output was not taken."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - what Python flushes when it ends goes nowhere
-    if "pipe" not in str(error):
-        sys.stderr.write(f"error: stdout: {error} | free some space, or write elsewhere\n")
-    sys.exit(6)
-
-
-def _unexpected(error: Exception) -> None:
-    """Typer's own errors (a wrong option, a missing argument) are usage; anything else is a bug."""
-    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
-    if callable(message) and isinstance(code, int):
-        text = str(message())
-        if "Usage:" in text:  # a command without arguments shows its help
-            sys.stdout.write(text + "\n")
-            sys.exit(code)
-        advice = "see `quantpub --help`"
-        _fail(f"{' '.join(text.split())} | {advice}", {"code": "usage", "exit": 2, "what": text, "next": advice}, 2)
-    what = f"this is a bug in quantpub: {type(error).__name__}: {' '.join(str(error).split())}"
-    _fail(f"{what} | please report it with the output of QUANTPUB_DEBUG=1", {"code": "bug", "exit": 1, "what": what}, 1)
-
-
-def _fail(line: str, error: dict[str, object], code: int) -> NoReturn:
-    if env.debug():
-        traceback.print_exc()
-    with contextlib.suppress(OutputClosed):
-        out.error(line, error)
-    sys.exit(code)
+    """The console script."""
+    ending.run(lambda: app(standalone_mode=False))
 
 
 if __name__ == "__main__":

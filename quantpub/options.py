@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantpub.errors import closest
+from quantpub.errors import UsageError, closest
 from quantpub.output import FORMATS, Output
 
 out = Output()
@@ -48,3 +48,16 @@ FormatOpt = Annotated[
     str, typer.Option("--format", callback=_format, help="auto, human, json or quiet.", metavar="FORMAT")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", callback=_json, help="Print exactly one JSON object.")]
+
+
+def integers(option: str, text: str | None) -> list[int] | None:
+    """The value of an option like 1,16,256. Errors: UsageError."""
+    if text is None:
+        return None
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"{option} takes whole numbers from 1, separated by commas, not {text!r}")
+    return values

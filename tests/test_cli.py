@@ -156,3 +156,14 @@ def test_several_layouts_are_computed_once_and_written_side_by_side(
     assert calls == 28
     a, b = (tmp_path / "out" / name / "model.safetensors" for name in ("ct-pack", "twin"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_whole_numbers_are_read_or_refused() -> None:
+    from quantpub.errors import UsageError
+    from quantpub.options import integers
+
+    assert integers("--m", "1,16,256") == [1, 16, 256]
+    assert integers("--m", None) is None
+    for wrong in ("1,x", "0", "", "-1"):
+        with pytest.raises(UsageError, match="--m takes whole numbers"):
+            integers("--m", wrong)

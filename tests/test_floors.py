@@ -34,7 +34,7 @@ FLOORS = {
         "forward",
     ],
     5: ["release", "demo"],
-    6: ["cli", "options", "show", "listing"],
+    6: ["cli", "ending", "options", "show", "listing"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # third-party packages a floor may import anywhere, and those it may never

@@ -55,7 +55,7 @@ def _plans(
 
     chosen = load_recipe(recipe)
     names = chosen.layouts(engines or [], layouts or [])
-    chosen.bound_algorithm()
+    chosen.require_bindable()
     with out.working("reading headers"):
         checkpoint = open_checkpoint(model, revision)
         return [make_plan(checkpoint, chosen, name) for name in names]

@@ -15,34 +15,23 @@ import torch
 
 from quantpub.artifact import Artifact
 from quantpub.errors import InputError
-from quantpub.layouts import LAYOUTS
-from quantpub.layouts.base import Layout, Tensors
+from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
-from quantpub.registry import load
-from quantpub.scheme import ActFormat, Scheme, WeightFormat
 from quantpub.shards import DTYPES, TensorInfo, read_header
+from quantpub.treatments import Treatment, declared, unquantized
 
 AGAIN = "quantize it again into another folder"
-PLANNED = {"tensor", "as", "shard", "dtype", "shape", "role", "action", "outputs"}
-
-
-def scheme_of(value: dict[str, Any]) -> Scheme:
-    """The scheme that `Scheme.as_json` wrote."""
-    weight, act = value["weight"], value["act"]
-    rows, columns = weight["block"]
-    form = WeightFormat(weight["num"], (rows, columns), weight["scale_dtype"], weight["zero_domain"])
-    return Scheme(value["name"], form, act and ActFormat(act["num"], act["granularity"], act["dynamic"]))
+PLANNED = {"tensor", "as", "shard", "dtype", "shape", "role", "action", "treatment", "outputs"}
 
 
 class Decoder:
-    """scheme and layout: of every quantized module. actions: the lines of plan.jsonl."""
+    """treatments: the recipe's, then those of its rules. actions: the lines of plan.jsonl."""
 
     def __init__(self, artifact: Artifact) -> None:
         """Errors: InputError when run.json or the plan is missing or damaged."""
-        run = artifact.read_json("run.json", ("scheme", "layout", "source", "stages"))
+        run = artifact.read_json("run.json", ("scheme", "layout", "treatments", "source", "stages"))
         self.artifact = artifact
-        self.scheme = scheme_of(run["scheme"])
-        self.layout: Layout = load(LAYOUTS, "layout", run["layout"])
+        self.treatments = [Treatment.from_json(entry) for entry in run["treatments"]]
         self.actions = plan_lines(artifact)
         self._modules = {_module(line): line for line in self.actions if line["action"] == "quantize"}
         self._shard = {name: line["shard"] for line in self.actions for name in line["outputs"]}
@@ -50,7 +39,11 @@ class Decoder:
 
     def modules(self) -> list[tuple[str, tuple[int, int]]]:
         """(name, (n, k)) of every quantized linear, in the plan's order."""
-        return [(name, (line["shape"][0], line["shape"][1])) for name, line in self._modules.items()]
+        return [(name, self._shape(name)) for name in self._modules]
+
+    def source_dtype(self, module: str) -> str:
+        """The dtype of the weight that a module was made from, in safetensors' words."""
+        return str(self._modules[module]["dtype"])
 
     @cached_property
     def _copied(self) -> list[str]:
@@ -59,6 +52,19 @@ class Decoder:
     def copied(self) -> list[str]:
         """Every tensor that was taken over as it was, in the plan's order."""
         return list(self._copied)
+
+    def ignored(self) -> tuple[str, ...]:
+        """Every Linear that stays in high precision, by its full name."""
+        return unquantized((_module(line), line["role"]) for line in self.actions if line["action"] != "quantize")
+
+    def declared(self) -> Config:
+        """`quantization_config` as the layouts state it for what the plan says."""
+        return declared(self.treatments, {name: self.place(name) for name in self._modules}, self.ignored())
+
+    def files(self) -> dict[str, Config]:
+        """The JSON files that the layouts want beside config.json."""
+        config = self.declared()
+        return {name: value for t in self.treatments for name, value in t.layout.files(config).items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor of the artifact, as planned."""
@@ -71,7 +77,20 @@ class Decoder:
 
     def qtensor(self, module: str) -> QTensor:
         """One quantized weight, decoded. Errors: InputError when a tensor of it is missing or of another shape."""
-        return self.layout.unpack(self.packed(module), self.scheme)
+        treatment = self.treated(module)
+        return treatment.layout.unpack(self.packed(module), treatment.scheme, self._shape(module))
+
+    def treated(self, module: str) -> Treatment:
+        """What was made of one quantized module."""
+        return self.treatments[self.place(module)]
+
+    def place(self, module: str) -> int:
+        """Which of `treatments` a quantized module had."""
+        return int(self._modules[module]["treatment"])
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        n, k = self._modules[module]["shape"]
+        return n, k
 
     def packed(self, module: str) -> Tensors:
         """suffix → tensor of one quantized module, as the layout wrote them."""

@@ -25,7 +25,7 @@ from quantpub.artifact import META, SUMS, Artifact
 from quantpub.checkpoint import INDEX
 from quantpub.errors import ConflictError, UnavailableError
 from quantpub.files import TEMPORARY, disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
-from quantpub.plan import Plan, artifact_config, index_json, summary
+from quantpub.plan import Plan, artifact_config, config_files, index_json, summary
 from quantpub.shards import ShardWriter
 
 RECORDED = (
@@ -87,7 +87,7 @@ class Destination:
         """Finished, of this source, and every file that this stage wrote is as it was written."""
         if "quantize" not in self.artifact.run()["stages"] or not (self.artifact.path / SUMS).is_file():
             return False
-        written = {*self.plan.shards, *self.plan.checkpoint.companions, "config.json", *OWN}
+        written = {*self.plan.shards, *self.plan.checkpoint.companions, "config.json", *config_files(self.plan), *OWN}
         if self.plan.checkpoint.indexed:
             written.add(INDEX)
         if damaged := [name for name in self.artifact.damage() if name in written]:
@@ -178,6 +178,7 @@ class Destination:
             "recipe_sha256": plan.recipe.digest(),
             "scheme": plan.scheme.as_json(),
             "layout": plan.layout.name,
+            "treatments": [treatment.as_json() for treatment in plan.treatments],
             "engines": [engine for engine, layout in plan.recipe.engines.items() if layout == plan.layout.name],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "stages": {},
@@ -220,6 +221,8 @@ class Destination:
         if self.plan.checkpoint.indexed:
             self.artifact.write(INDEX, dump_json(index_json(self.plan)))
         self.artifact.write("config.json", dump_json(artifact_config(self.plan)))
+        for name, content in config_files(self.plan).items():
+            self.artifact.write(name, dump_json(content))
         facts = summary(self.plan)
         self.artifact.record("quantize", {"device": torch.device(device).type} | {key: facts[key] for key in RECORDED})
 
@@ -233,7 +236,7 @@ class Destination:
         """Take back what this run wrote: its input can never be finished. What a former run left stays."""
         if not self._ours:
             return
-        written = (*self.plan.shards, *self.plan.checkpoint.companions, "config.json", INDEX)
+        written = (*self.plan.shards, *self.plan.checkpoint.companions, "config.json", *config_files(self.plan), INDEX)
         with contextlib.suppress(OSError):
             for name in written:
                 (self.artifact.path / name).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import InputError, closest
 from quantpub.families import FAMILIES, Family
-from quantpub.qtensor import QTensor
+from quantpub.qtensor import QTensor, same_bits
 from quantpub.scheme import WHOLE
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -110,7 +110,26 @@ def weight(decoder: Decoder, gemm: Gemm) -> QTensor:
     parts = [decoder.qtensor(member) for member in gemm.members]
     if len(parts) == 1:
         return parts[0]
-    assert decoder.scheme.weight.block[0] != WHOLE, "members of one scale each do not stack"
-    # torch.cat has no FP8 kernel everywhere: bytes are stacked instead
-    codes = torch.cat([part.codes_NK.view(torch.uint8) for part in parts]).view(parts[0].codes_NK.dtype)
-    return QTensor(decoder.scheme, codes, torch.cat([part.scale for part in parts]))
+    return stack(parts)
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor:
+    """Rows under rows, as engines merge members: of one scheme, with one global scale."""
+    first, shares = parts[0], parts[0].scheme.weight.block[0]
+    assert all(part.scheme == first.scheme and same_bits(part.global_scale, first.global_scale) for part in parts)
+    if shares == WHOLE:
+        assert all(same_bits(part.scale, first.scale) for part in parts), "members of one scale each do not stack"
+        return replace(first, codes_NK=_rows([part.codes_NK for part in parts]))
+    assert shares == 1 or all(part.shape[0] % shares == 0 for part in parts[:-1]), "a block would hold two members"
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return replace(
+        first,
+        codes_NK=_rows([part.codes_NK for part in parts]),
+        scale=_rows([part.scale for part in parts]),
+        zero=_rows(zeros) if zeros else None,
+    )
+
+
+def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """torch.cat has no kernel for 8-bit floats everywhere: their bytes are stacked."""
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)

@@ -14,18 +14,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from quantpub import advice
 from quantpub.checkpoint import INDEX, Checkpoint, Slice
 from quantpub.errors import InputError, closest
-from quantpub.families import FAMILIES, HEAD, LINEAR, ROUTER, Family
+from quantpub.families import FAMILIES, LINEAR, REFUSED, Family
 from quantpub.files import sha256_json
-from quantpub.layouts import LAYOUTS
+from quantpub.gemms import EXPERT, fuse
 from quantpub.layouts.base import Layout, Spec
-from quantpub.recipe import Recipe
-from quantpub.registry import load
+from quantpub.recipe import Recipe, ignores
 from quantpub.scheme import Scheme
 from quantpub.shards import build_header, tensor_bytes
+from quantpub.targets import unloadable
+from quantpub.treatments import Treatment, declared, make_treatments, unquantized
 
 QUANTIZE, COPY = "quantize", "copy"
 FLOATS = ("BF16", "F16", "F32")
@@ -35,13 +38,17 @@ ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|w2)$")  # their K is cut by tens
 
 @dataclass(frozen=True)
 class Action:
-    """What happens to one tensor. reason: why it is copied. outputs: output tensor → (dtype, shape)."""
+    """What happens to one tensor. reason: why it is copied. outputs: output tensor → (dtype, shape).
+
+    treatment: of a quantized tensor, its place in the plan's treatments.
+    """
 
     kind: str
     part: Slice
     role: str
     outputs: Spec
     reason: str | None = None
+    treatment: int | None = None
 
     @property
     def module(self) -> str:
@@ -58,22 +65,33 @@ class Action:
             "role": self.role,
             "action": self.kind,
             "reason": self.reason,
+            "treatment": self.treatment,
             "outputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.outputs.items()},
         }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """shards: file → actions in file order. rejections: tensor → reason; a plan that has any cannot be run."""
+    """shards: file → actions in file order. rejections: tensor → reason; a plan that has any cannot be run.
+
+    treatments: the recipe's own first, then one for each of its rules.
+    """
 
     recipe: Recipe
-    scheme: Scheme
-    layout: Layout
+    treatments: tuple[Treatment, ...]
     checkpoint: Checkpoint
     family: Family
     shards: dict[str, tuple[Action, ...]]
     ignored: tuple[str, ...]
     rejections: dict[str, str]
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.treatments[0].scheme
+
+    @property
+    def layout(self) -> Layout:
+        return self.treatments[0].layout
 
     @property
     def actions(self) -> list[Action]:
@@ -86,9 +104,16 @@ class Plan:
         header, infos = build_header(self.outputs(shard), self.metadata)
         return max((info.end for info in infos.values()), default=len(header))
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
-        return {"format": "pt", **self.layout.metadata}
+        """The entries of every shard's safetensors header: loaders merge the headers, so each tells of the whole model."""
+        modules = {
+            a.module: (self.treatments[a.treatment].scheme, (a.part.info.shape[0], a.part.info.shape[1]))
+            for a in self.actions
+            if a.treatment is not None
+        }
+        copied = [action.part.name for action in self.actions if action.kind == COPY]
+        return {"format": "pt", **self.layout.metadata(modules, copied)}
 
     def digest(self) -> str:
         """Who this run is: source, recipe and layout. A directory belongs to one digest.
@@ -108,22 +133,49 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
     """The plan for one layout. Errors: InputError for an unknown architecture or a tensor no one accounts for."""
-    layout: Layout = load(LAYOUTS, "layout", layout_name)
-    family, scheme = _family(checkpoint), recipe.resolved_scheme()
+    treatments, family = make_treatments(recipe, layout_name), _family(checkpoint)
     rejections: dict[str, str] = {}
     shards = {
-        shard: tuple(
-            _action(part, family, scheme, layout, recipe, rejections) for part in checkpoint.slices(shard, family)
-        )
+        shard: tuple(_action(part, family, treatments, recipe, rejections) for part in checkpoint.slices(shard, family))
         for shard in checkpoint.shards
     }
-    plan = Plan(recipe, scheme, layout, checkpoint, family, shards, _ignored(shards), rejections)
+    rejections |= mixed(shards, family)
+    plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards), rejections)
     _check_outputs_once(plan)
     return plan
 
 
+def mixed(shards: Mapping[str, Sequence[Action]], family: Family) -> dict[str, str]:
+    """Rule 0 of every engine: the linears that it merges have one treatment. tensor → reason where they have not.
+
+    q/k/v and gate/up are merged (the family's table), and all experts of a layer run in one kernel.
+    """
+    actions = {
+        a.module: a for shard in shards.values() for a in shard if a.role == LINEAR and len(a.part.info.shape) == 2
+    }
+    shapes = {module: (a.part.info.shape[0], a.part.info.shape[1]) for module, a in actions.items()}
+    sets = {module: members for module, members in fuse(shapes, family).items() if len(members) > 1}
+    for module in actions:
+        if found := EXPERT.search(module):
+            layer = module[: found.start()] + ".experts"
+            sets[layer] = (*sets.get(layer, ()), module)
+    problems = {}
+    for name, members in sets.items():
+        if len({actions[member].treatment for member in members}) > 1:
+            odd = next(m for m in members if actions[m].treatment != actions[members[0]].treatment)
+            problems[actions[odd].part.name] = (
+                f"it is treated otherwise than {members[0]}, which engines merge into {name}"
+            )
+    return problems
+
+
 def _family(checkpoint: Checkpoint) -> Family:
     model_type = checkpoint.config.get("model_type")
+    if model_type in REFUSED:
+        raise InputError(
+            f"models of type {model_type} are not quantized: {REFUSED[model_type]}",
+            where=checkpoint.source.where("config.json"),
+        )
     if model_type not in FAMILIES:
         raise InputError(
             f"unknown architecture {model_type!r}",
@@ -134,7 +186,7 @@ def _family(checkpoint: Checkpoint) -> Family:
 
 
 def _action(
-    part: Slice, family: Family, scheme: Scheme, layout: Layout, recipe: Recipe, rejections: dict[str, str]
+    part: Slice, family: Family, treatments: Sequence[Treatment], recipe: Recipe, rejections: dict[str, str]
 ) -> Action:
     role, info = family.role(part.name), part.info
     if role is None:
@@ -148,12 +200,17 @@ def _action(
         return Action(COPY, part, role, copied, f"{role} stays in {info.dtype}")
     if ignores(recipe.ignore, part.name.removesuffix(".weight")):
         return Action(COPY, part, role, copied, "the recipe ignores it")
-    if reason := _reject(part, scheme, layout):
+    module = part.name.removesuffix(".weight")
+    place = recipe.rule_for(module) + 1
+    if (why := family.kept(module)) and not place:
+        return Action(COPY, part, role, copied, why)
+    scheme, layout = treatments[place].scheme, treatments[place].layout
+    if reason := _reject(part, scheme, layout) or _no_engine(module, treatments[place], recipe, treatments[0].layout):
         rejections[part.name] = reason
         return Action(COPY, part, role, copied, f"rejected: {reason}")
-    module, (n, k) = part.name.removesuffix(".weight"), info.shape
+    n, k = info.shape
     outputs = {f"{module}.{suffix}": spec for suffix, spec in layout.spec(scheme, n, k, info.dtype).items()}
-    return Action(QUANTIZE, part, role, outputs)
+    return Action(QUANTIZE, part, role, outputs, treatment=place)
 
 
 def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
@@ -162,34 +219,18 @@ def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
     if part.info.dtype not in FLOATS:
         return f"dtype {part.info.dtype} is not one of {', '.join(FLOATS)}"
     n, k = part.info.shape
-    return layout.reject(scheme, n, k) if n and k else f"shape {[n, k]} is empty"
-
-
-def ignores(entries: Sequence[str], module: str) -> bool:
-    """An entry is a module's full name, or `re:` and a pattern of the whole name."""
-    return any(re.fullmatch(entry[3:], module) if entry.startswith("re:") else entry == module for entry in entries)
+    return layout.reject(scheme, n, k, part.info.dtype) if n and k else f"shape {[n, k]} is empty"
 
 
 def unmatched(plan: Plan) -> list[str]:
     """Entries of the recipe's `ignore` that name nothing here; a tied head is no tensor, so `lm_head` may."""
     modules = [action.module for action in plan.actions]
-    entries = [entry for entry in plan.recipe.ignore if entry != "lm_head"]
+    entries = [entry for entry in plan.recipe.ignore if entry != "lm_head"] + [rule.match for rule in plan.recipe.rules]
     return [entry for entry in entries if not any(ignores((entry,), module) for module in modules)]
 
 
-def natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 def _ignored(shards: Mapping[str, Sequence[Action]]) -> tuple[str, ...]:
-    """Every Linear that stays in high precision, by its full name; `lm_head` also where it is tied to the embedding."""
-    unquantized = {
-        action.module
-        for actions in shards.values()
-        for action in actions
-        if action.kind == COPY and action.role in (LINEAR, ROUTER, HEAD)
-    }
-    return tuple(sorted(unquantized | {"lm_head"}, key=natural))
+    return unquantized((a.module, a.role) for actions in shards.values() for a in actions if a.kind == COPY)
 
 
 def _check_outputs_once(plan: Plan) -> None:
@@ -200,6 +241,14 @@ def _check_outputs_once(plan: Plan) -> None:
             where=plan.checkpoint.source.label,
             next="the checkpoint holds the same tensor in two shards",
         )
+
+
+def _no_engine(module: str, treatment: Treatment, recipe: Recipe, chosen: Layout) -> str | None:
+    """Why none of the engines that the recipe wants this layout for would load the weight."""
+    wanted = [engine for engine, name in recipe.engines.items() if name == chosen.name]
+    experts = EXPERT.search(f"{module}.") is not None
+    reasons = [unloadable(engine, treatment.layout.name, treatment.scheme.name, experts) for engine in wanted]
+    return reasons[0] if reasons and all(reasons) else None
 
 
 def require_runnable(plan: Plan) -> None:
@@ -221,7 +270,18 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 def artifact_config(plan: Plan) -> dict[str, Any]:
     """The source's config.json with `quantization_config`, and without the local path transformers writes there."""
-    return public_config(plan.checkpoint) | {"quantization_config": plan.layout.config(plan.scheme, plan.ignored)}
+    return public_config(plan.checkpoint) | {"quantization_config": quantization_config(plan)}
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    treated = {action.module: action.treatment for action in plan.actions if action.treatment is not None}
+    return declared(plan.treatments, treated, plan.ignored)
+
+
+def config_files(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The JSON files that the layouts want beside config.json."""
+    config = quantization_config(plan)
+    return {name: value for t in plan.treatments for name, value in t.layout.files(config).items()}
 
 
 def public_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -232,21 +292,30 @@ def public_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def tensor_parallel(plan: Plan) -> dict[int, str | None]:
-    """Size → the first reason why the layout cannot be cut so, or None."""
-    n_multiple, k_multiple = plan.layout.tp_multiple(plan.scheme)
+    """Size → the first reason why an engine cannot load it so, or None.
+
+    What an engine merges is cut member by member; on one GPU a member's rows must be whole blocks where others follow.
+    """
     quantized = [action for action in plan.actions if action.kind == QUANTIZE]
+    sets = fuse({a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a in quantized}, plan.family).values()
+    followed = {member for members in sets for member in members[:-1]}
+    reasons = {}
+    for size in TP_SIZES:
+        found = (_cut(plan, action, size, action.module in followed) for action in quantized)
+        reasons[size] = next((reason for reason in found if reason), None)
+    return reasons
 
-    def reason(size: int) -> str | None:
-        for action in quantized:
-            n, k = action.part.info.shape
-            side, multiple, name = (
-                (k, k_multiple, "in") if ROW_PARALLEL.search(action.module) else (n, n_multiple, "out")
-            )
-            if side % size or side // size % multiple:
-                return f"{action.module}: {side} {name}_features / {size} is not a multiple of {multiple}"
-        return None
 
-    return {size: reason(size) for size in TP_SIZES}
+def _cut(plan: Plan, action: Action, size: int, followed: bool) -> str | None:
+    assert action.treatment is not None
+    treatment, (n, k) = plan.treatments[action.treatment], action.part.info.shape
+    multiples = treatment.layout.tp_multiple(treatment.scheme)
+    if multiples is None:
+        return None if size == 1 else f"no engine cuts layout {treatment.layout.name}"
+    side, multiple, name = (k, multiples[1], "in") if ROW_PARALLEL.search(action.module) else (n, multiples[0], "out")
+    if (size > 1 or name == "in" or followed) and (side % size or side // size % multiple):
+        return f"{action.module}: {side} {name}_features / {size} is not a multiple of {multiple}"
+    return None
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -256,6 +325,14 @@ def summary(plan: Plan) -> dict[str, Any]:
     packed = sum(tensor_bytes(*spec) for action in quantized for spec in action.outputs.values())
     parameters = sum(math.prod(action.part.info.shape) for action in plan.actions)
     output = sum(plan.shard_bytes(shard) for shard in plan.shards)
+    stored = {a.module: plan.treatments[a.treatment] for a in quantized if a.treatment is not None}
+    merged = advice.weights(
+        {a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a in quantized},
+        {module: (treatment.scheme, treatment.layout.name) for module, treatment in stored.items()},
+        plan.family,
+    )
+    engines = advice.engines(plan.recipe.engines, plan.layout.name, plan.scheme.name)
+    algorithms = {treatment.algorithm["name"] for treatment in stored.values()}
     return {
         "model": plan.checkpoint.source.identity(),
         "recipe": plan.recipe.name,
@@ -277,6 +354,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "ignore_unmatched": unmatched(plan),
         "companions": list(plan.checkpoint.companions),
         "left_behind": [name for name in plan.checkpoint.left_behind if name != INDEX],
+        "kernels": advice.kernels(merged, engines),
+        "notes": advice.notes(advice.case(merged, algorithms, engines)),
     }
 
 

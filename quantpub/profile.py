@@ -115,7 +115,11 @@ def _settings(batch: list[int], choices: Sequence[Choice], budget_seconds: float
 
 def _choose(name: str, decoder: Decoder, gemms: Sequence[Gemm]) -> Choice:
     kernel: Kernel = load(KERNELS, "kernel", name)
-    refused = {gemm.name: reason for gemm in gemms if (reason := kernel.reject(decoder.scheme, gemm.n, gemm.k))}
+    refused = {
+        gemm.name: reason
+        for gemm in gemms
+        if (reason := kernel.reject(decoder.treated(gemm.members[0]).scheme, gemm.n, gemm.k))
+    }
     unavailable = None
     if DEVICE not in kernel.devices:
         unavailable = f"it runs on {', '.join(kernel.devices)}; this was measured on {DEVICE}"

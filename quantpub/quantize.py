@@ -8,7 +8,7 @@ A source shard becomes one output shard of the same name in every destination.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from quantpub.algorithms.base import Algorithm
 from quantpub.checkpoint import ShardReader
 from quantpub.destination import Destination
 from quantpub.errors import InputError, QuantpubError, UsageError
+from quantpub.fused import fused_amax
 from quantpub.memory import keep_freed_memory
 from quantpub.plan import COPY, WORKERS, Action, Plan, require_runnable
+from quantpub.qtensor import QTensor
 from quantpub.shards import raw_bytes
 from quantpub.stages import background, concurrently
+from quantpub.stats import Stats
 
 AHEAD = 32 << 20  # bytes that a stage may be ahead of the next
 Progress = Callable[[int], None]  # called with the number of source bytes finished
@@ -106,18 +109,26 @@ def _read(todo: Sequence[Destination]) -> Generator[Piece, None, None]:
 
 def _compute(todo: Sequence[Destination], pieces: Iterable[Piece], device: str) -> Generator[Piece, None, None]:
     """Several tensors at a time, one thread each: threads on one tensor lose at every barrier while other stages run."""
-    algorithm, params = todo[0].plan.recipe.bound_algorithm()
+    plan = todo[0].plan
+    bound = [plan.recipe.bind(treatment.algorithm, treatment.scheme) for treatment in plan.treatments]
+    amax = fused_amax(plan)
     workers, threads = (WORKERS if device == "cpu" else 1), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        yield from concurrently(pieces, lambda piece: _made(todo, piece, device, algorithm, params), workers)
+        yield from concurrently(pieces, lambda piece: _made(todo, piece, device, bound, amax), workers)
     finally:
         torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
-def _made(todo: Sequence[Destination], piece: Piece, device: str, algorithm: Algorithm, params: Any) -> Piece:
-    """One piece with its outputs: quantized once, packed once per layout; or copied."""
+def _made(
+    todo: Sequence[Destination],
+    piece: Piece,
+    device: str,
+    bound: Sequence[tuple[Algorithm, Any]],
+    amax: Mapping[str, float],
+) -> Piece:
+    """One piece with its outputs: quantized once, packed once per layout; or copied. bound: algorithms by treatment."""
     if piece.action is None or piece.data is None:
         return piece
     plan, action = todo[0].plan, piece.action
@@ -127,13 +138,18 @@ def _made(todo: Sequence[Destination], piece: Piece, device: str, algorithm: Alg
         copied = {action.part.name: raw_bytes(piece.data)}
         outputs = tuple((destination, copied) for destination in needing)
     else:
-        q = algorithm.quantize(piece.data.to(device), None, plan.scheme, params)
-        outputs = tuple((destination, _packed(destination, action.module, q)) for destination in needing)
+        assert action.treatment is not None
+        algorithm, params = bound[action.treatment]
+        stats = Stats(group_amax=amax.get(action.module))
+        q = algorithm.quantize(piece.data.to(device), stats, plan.treatments[action.treatment].scheme, params)
+        outputs = tuple((destination, _packed(destination, action, q)) for destination in needing)
     return replace(piece, data=None, outputs=outputs, source_bytes=piece.data.nbytes)
 
 
-def _packed(destination: Destination, module: str, q: Any) -> dict[str, memoryview]:
-    return {f"{module}.{suffix}": raw_bytes(tensor) for suffix, tensor in destination.plan.layout.pack(q).items()}
+def _packed(destination: Destination, action: Action, q: QTensor) -> dict[str, memoryview]:
+    assert action.treatment is not None
+    layout = destination.plan.treatments[action.treatment].layout
+    return {f"{action.module}.{suffix}": raw_bytes(tensor) for suffix, tensor in layout.pack(q).items()}
 
 
 _INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}

@@ -8,20 +8,51 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from quantpub.algorithms import ALGORITHMS
 from quantpub.errors import InputError, QuantpubError, UsageError, closest
 from quantpub.files import sha256_json
-from quantpub.layouts import LAYOUTS
+from quantpub.layouts import KERNEL_LAYOUTS, LAYOUTS
 from quantpub.recipe_files import recipe_files
 from quantpub.registry import load
 from quantpub.scheme import WHOLE, Scheme, preset
 from quantpub.targets import TARGETS
+
+
+def _known_scheme(value: str) -> str:
+    preset(value)
+    return value
+
+
+def _valid_pattern(entry: str) -> str:
+    try:
+        re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{entry!r} is not a valid pattern: {error}") from None
+    return entry
+
+
+def _sensible_group(value: int | None) -> int | None:
+    if value is not None and value != WHOLE and value < 1:
+        raise ValueError(f"group_size is a number of columns, or {WHOLE} for whole rows, not {value}")
+    return value
+
+
+def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None and value.get("name") not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {value.get('name')!r}: {closest(str(value.get('name')), ALGORITHMS)}")
+    return value
+
+
+SchemeName = Annotated[str, AfterValidator(_known_scheme)]
+Pattern = Annotated[str, AfterValidator(_valid_pattern)]
+GroupSize = Annotated[int | None, AfterValidator(_sensible_group)]
 
 
 class Gate(BaseModel):
@@ -33,48 +64,35 @@ class Gate(BaseModel):
     max_kl: float | None = Field(default=None, description="nats per token to the base model")
 
 
+class Rule(BaseModel):
+    """Another treatment for the linears that `match` names: a full module name, or `re:` and a pattern of the whole name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    match: Pattern
+    scheme: SchemeName
+    group_size: GroupSize = None
+    algorithm: Annotated[dict[str, Any] | None, AfterValidator(_known_algorithm)] = None
+
+    def resolved_scheme(self) -> Scheme:
+        return preset(self.scheme, self.group_size)
+
+
 class Recipe(BaseModel):
-    """A recipe file. `algorithm` holds the algorithm's name and its parameters."""
+    """A recipe file. `algorithm` holds the algorithm's name and its parameters; of `rules` the first that matches wins."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     description: str
-    scheme: str
-    group_size: int | None = None
-    algorithm: dict[str, Any]
-    ignore: tuple[str, ...] = ()
+    scheme: SchemeName
+    group_size: GroupSize = None
+    algorithm: Annotated[dict[str, Any], AfterValidator(_known_algorithm)]
+    ignore: tuple[Pattern, ...] = ()
+    rules: tuple[Rule, ...] = ()
     engines: dict[str, str] = Field(min_length=1)
     gate: Gate = Gate()
 
-    @field_validator("scheme")
-    @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        preset(value)
-        return value
-
-    @field_validator("ignore")
-    @classmethod
-    def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in value:
-            try:
-                re.compile(entry.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(f"{entry!r} is not a valid pattern: {error}") from None
-        return value
-
-    @field_validator("group_size")
-    @classmethod
-    def _sensible_group(cls, value: int | None) -> int | None:
-        if value is not None and value != WHOLE and value < 1:
-            raise ValueError(f"group_size is a number of columns, or {WHOLE} for whole rows, not {value}")
-        return value
-
     @model_validator(mode="after")
     def _known_names(self) -> Recipe:
-        if self.algorithm.get("name") not in ALGORITHMS:
-            raise ValueError(
-                f"unknown algorithm {self.algorithm.get('name')!r}: {closest(str(self.algorithm.get('name')), ALGORITHMS)}"
-            )
         for engine, layout in self.engines.items():
             if engine not in TARGETS:
                 raise ValueError(f"unknown engine {engine!r}: {closest(engine, TARGETS)}")
@@ -82,15 +100,27 @@ class Recipe(BaseModel):
                 raise ValueError(f"unknown layout {layout!r}: {closest(layout, LAYOUTS)}")
             if layout not in TARGETS[engine].loads:
                 raise ValueError(f"{engine} does not load {layout}; it loads {', '.join(TARGETS[engine].loads)}")
+            if TARGETS[engine].mixed and {rule.resolved_scheme() for rule in self.rules} - {self.resolved_scheme()}:
+                raise ValueError(f"{engine} cannot have a recipe of several schemes: {TARGETS[engine].mixed}")
         return self
 
     def resolved_scheme(self) -> Scheme:
         return preset(self.scheme, self.group_size)
 
-    def bound_algorithm(self) -> tuple[Any, Any]:
+    def rule_for(self, module: str) -> int:
+        """The place of the first rule that matches, or -1."""
+        return next((i for i, rule in enumerate(self.rules) if ignores((rule.match,), module)), -1)
+
+    def require_bindable(self) -> None:
+        """Errors: InputError when the algorithm of the recipe or of a rule does not fit its scheme or parameters."""
+        self.bind(self.algorithm, self.resolved_scheme())
+        for rule in self.rules:
+            self.bind(rule.algorithm or self.algorithm, rule.resolved_scheme())
+
+    def bind(self, chosen: Mapping[str, Any], scheme: Scheme) -> tuple[Any, Any]:
         """(the Algorithm, its params). Imports torch. Errors: InputError when a parameter is unknown or does not fit."""
-        algorithm = load(ALGORITHMS, "algorithm", self.algorithm["name"])
-        given = {key: value for key, value in self.algorithm.items() if key != "name"}
+        algorithm = load(ALGORITHMS, "algorithm", chosen["name"])
+        given = {key: value for key, value in chosen.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(algorithm.params)}
         for key in given:
             if key not in known:
@@ -99,7 +129,7 @@ class Recipe(BaseModel):
                     where=f"recipe {self.name}",
                     next=closest(key, known) if known else "it has none",
                 )
-        if reason := algorithm.reject(self.resolved_scheme()):
+        if reason := algorithm.reject(scheme):
             raise InputError(reason, where=f"recipe {self.name}", next="choose another algorithm or scheme")
         try:
             return algorithm, TypeAdapter(algorithm.params).validate_python(given)
@@ -118,6 +148,11 @@ class Recipe(BaseModel):
                     f"recipe {self.name} has no layout for engine {engine!r}", next=closest(engine, self.engines)
                 )
         for layout in layouts:
+            if layout in KERNEL_LAYOUTS:
+                raise UsageError(
+                    f"{layout} is what a kernel eats: engines make it when they load, and none reads it from disk",
+                    next=f"name a layout on disk: {', '.join(LAYOUTS)}",
+                )
             if layout not in LAYOUTS:
                 raise UsageError(f"unknown layout {layout!r}", next=closest(layout, LAYOUTS))
         chosen = [*layouts, *(self.engines[engine] for engine in engines)]
@@ -128,6 +163,11 @@ class Recipe(BaseModel):
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def ignores(entries: Sequence[str], module: str) -> bool:
+    """An entry is a module's full name, or `re:` and a pattern of the whole name."""
+    return any(re.fullmatch(entry[3:], module) if entry.startswith("re:") else entry == module for entry in entries)
 
 
 def load_recipe(name: str) -> Recipe:

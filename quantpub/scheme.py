@@ -6,7 +6,7 @@ how scales are found (algorithms). It is carried beside every tensor and never i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantpub.errors import UsageError, closest
@@ -26,6 +26,8 @@ class Number:
 
 NUMBERS = {
     "int4": Number(4, -8, 7, "int"),
+    "int8": Number(8, -128, 127, "int"),
+    "fp4_e2m1": Number(4, -6, 6, "float"),
     "fp8_e4m3": Number(8, -448, 448, "float"),
 }
 
@@ -34,32 +36,42 @@ NUMBERS = {
 class WeightFormat:
     """num: a key of NUMBERS. block: rows × columns that share one scale, -1 for the whole side.
 
-    scale_dtype: `model` stores the scale in the dtype of the weight it replaces. zero_domain: torchao's word; `none`
-    is symmetric, so that w ≈ codes * scale.
+    scale_dtype: what a scale is rounded to before codes are computed from it. `model` is the dtype of the weight it
+    replaces; `float32`; `fp8_e4m3`; `e8m0`, a power of two; `absmax127`, a float32 that is some float32 times 1/127.
+    zero_domain: torchao's words. none: w ≈ codes * scale; int: (codes - zero) * scale; float: codes * scale + zero.
+    global_scale: a second, float32 scale of the whole tensor, a power of two, multiplied on top.
     """
 
     num: str
     block: tuple[int, int]
     scale_dtype: str = "model"
     zero_domain: str = "none"
+    global_scale: bool = False
 
     @property
     def number(self) -> Number:
         return NUMBERS[self.num]
 
     def scale_shape(self, n: int, k: int) -> tuple[int, int]:
-        """Shape of the scale of an [n, k] weight whose sides the block divides."""
+        """Shape of the scale of an [n, k] weight; a block at the edge may be a part of one."""
         bn, bk = (side if side != WHOLE else full for side, full in zip(self.block, (n, k), strict=True))
-        return n // bn, k // bk
+        return -(-n // bn), -(-k // bk)
 
 
 @dataclass(frozen=True)
 class ActFormat:
-    """Activations: `granularity` token (one scale a row), computed at run time when `dynamic`."""
+    """Activations: `granularity` token (one scale a row), tensor, or group (one scale for `group_size` columns of a row).
+
+    dynamic: scales are computed at run time. global_scale: a calibrated scale of the tensor on top of dynamic groups.
+    outlier: columns that hold a magnitude from here on stay in 16 bits, and out of the scale.
+    """
 
     num: str
     granularity: str
     dynamic: bool
+    group_size: int = WHOLE
+    global_scale: bool = False
+    outlier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,26 +86,53 @@ class Scheme:
         return self.weight.block[1]
 
     def as_json(self) -> dict[str, Any]:
-        weight, act = self.weight, self.act
-        return {
-            "name": self.name,
-            "weight": {
-                "num": weight.num,
-                "block": list(weight.block),
-                "scale_dtype": weight.scale_dtype,
-                "zero_domain": weight.zero_domain,
-            },
-            "act": act and {"num": act.num, "granularity": act.granularity, "dynamic": act.dynamic},
-        }
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Scheme:
+        """The scheme that `as_json` wrote."""
+        weight, act = value["weight"], value["act"]
+        rows, columns = weight["block"]
+        return Scheme(value["name"], WeightFormat(**weight | {"block": (rows, columns)}), act and ActFormat(**act))
 
 
+_TOKEN8 = ActFormat("int8", "token", True)
+_FP8_TOKEN = ActFormat("fp8_e4m3", "token", True)
+_FP4 = WeightFormat("fp4_e2m1", (1, 16), "fp8_e4m3", global_scale=True)
 PRESETS = {
-    "W4A16": Scheme("W4A16", WeightFormat("int4", (1, 128))),
-    "FP8_DYNAMIC": Scheme("FP8_DYNAMIC", WeightFormat("fp8_e4m3", (1, WHOLE)), ActFormat("fp8_e4m3", "token", True)),
+    scheme.name: scheme
+    for scheme in (
+        Scheme("W4A16", WeightFormat("int4", (1, 128))),
+        Scheme("W4A16_ASYM", WeightFormat("int4", (1, 128), zero_domain="int")),
+        Scheme("W4A16_FLOAT_ZERO", WeightFormat("int4", (1, 128), zero_domain="float")),
+        Scheme("W8A16", WeightFormat("int8", (1, WHOLE))),
+        Scheme("W8A8", WeightFormat("int8", (1, WHOLE)), _TOKEN8),
+        Scheme("LLM_INT8", WeightFormat("int8", (1, WHOLE), "absmax127"), replace(_TOKEN8, outlier=6.0)),
+        Scheme("FP8", WeightFormat("fp8_e4m3", (WHOLE, WHOLE), "float32"), ActFormat("fp8_e4m3", "tensor", False)),
+        Scheme("FP8_DYNAMIC", WeightFormat("fp8_e4m3", (1, WHOLE)), _FP8_TOKEN),
+        Scheme(
+            "FP8_BLOCK",
+            WeightFormat("fp8_e4m3", (128, 128), "float32"),
+            ActFormat("fp8_e4m3", "group", True, group_size=128),
+        ),
+        Scheme("NVFP4A16", _FP4),
+        Scheme("NVFP4", _FP4, ActFormat("fp4_e2m1", "group", True, group_size=16, global_scale=True)),
+        Scheme("MXFP4A16", WeightFormat("fp4_e2m1", (1, 32), "e8m0")),
+    )
 }
 SUMMARIES = {
     "W4A16": "int4 weights in groups of 128, symmetric; 16-bit activations",
+    "W4A16_ASYM": "int4 weights in groups of 128 with an integer zero; 16-bit activations",
+    "W4A16_FLOAT_ZERO": "int4 weights in groups of 128 with a bf16 zero, as HQQ makes them; bf16 activations",
+    "W8A16": "int8 weights, one scale a row; 16-bit activations",
+    "W8A8": "int8 weights, one scale a row; int8 activations, one scale a token, at run time",
+    "LLM_INT8": "int8 weights, one float32 scale a row; int8 activations with outlier columns kept in 16 bits",
+    "FP8": "FP8 E4M3 weights and activations, one scale a tensor each, that of activations calibrated",
     "FP8_DYNAMIC": "FP8 E4M3 weights, one scale a row; FP8 activations, one scale a token, at run time",
+    "FP8_BLOCK": "FP8 E4M3 weights, one scale a 128×128 block; FP8 activations in groups of 128, at run time",
+    "NVFP4A16": "FP4 E2M1 weights in groups of 16 with E4M3 scales and a global scale; 16-bit activations",
+    "NVFP4": "FP4 E2M1 weights and activations in groups of 16 with E4M3 scales and global scales",
+    "MXFP4A16": "FP4 E2M1 weights in groups of 32 with power-of-two scales; 16-bit activations",
 }
 
 

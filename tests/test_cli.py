@@ -70,7 +70,7 @@ def test_every_recipe_is_valid_and_says_what_it_is() -> None:
     assert len(recipe_files()) >= 3
     for name in recipe_files():
         recipe = load_recipe(name)
-        recipe.bound_algorithm()
+        recipe.require_bindable()
         assert recipe.layouts([], []) and len(recipe.description) > 20
 
 

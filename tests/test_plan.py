@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from quantpub.checkpoint import open_checkpoint
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES, LINEAR
-from quantpub.plan import Plan, ignores, make_plan, natural, require_runnable, summary, tensor_parallel
-from quantpub.recipe import Recipe, load_recipe
+from quantpub.plan import Plan, make_plan, require_runnable, summary, tensor_parallel
+from quantpub.recipe import Recipe, ignores, load_recipe
 from quantpub.shards import read_header
+from quantpub.treatments import natural
 
 LAYOUT = {"w4a16": "ct-pack", "fp8-dynamic": "ct-float"}
 
@@ -158,7 +159,7 @@ FAMILY_CONFIGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILY_CONFIGS))
 def test_families_know_what_transformers_saves(model_type: str, tmp_path: Path) -> None:
     """Every tensor transformers writes for a tiny model has a role, and every nn.Linear but head and routers is a linear."""
     from transformers import AutoConfig, AutoModelForCausalLM

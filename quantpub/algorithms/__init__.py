@@ -14,5 +14,15 @@ ALGORITHMS = {
     "search": Entry(
         "quantpub.algorithms.search:ALGORITHM", "signed scale of least squared error, searched group by group"
     ),
-    "fp8": Entry("quantpub.algorithms.fp8:ALGORITHM", "cast to FP8 E4M3 with the scale from the largest magnitude"),
+    "hqq": Entry(
+        "quantpub.algorithms.hqq:ALGORITHM", "half-quadratic: scale and zero for an error that forgives outliers"
+    ),
+    "fp8": Entry(
+        "quantpub.algorithms.fp8:ALGORITHM",
+        "cast to FP8 E4M3: a scale a row, block or tensor, from the largest magnitude",
+    ),
+    "nvfp4": Entry(
+        "quantpub.algorithms.nvfp4:ALGORITHM", "FP4 E2M1 in groups of 16, E4M3 scales searched group by group"
+    ),
+    "mxfp4": Entry("quantpub.algorithms.mxfp4:ALGORITHM", "FP4 E2M1 in groups of 32, power-of-two scales searched"),
 }

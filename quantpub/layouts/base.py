@@ -15,52 +15,90 @@ Spec = dict[str, tuple[str, tuple[int, ...]]]  # suffix → (safetensors dtype, 
 Tensors = dict[str, torch.Tensor]  # suffix → tensor
 
 
+CT = "compressed-tensors"
+Config = dict[str, Any]
+
+
+Modules = Mapping[str, tuple[Scheme, tuple[int, int]]]  # module → its scheme and (n, k)
+
+
+def no_metadata(modules: Modules, copied: Sequence[str]) -> dict[str, str]:
+    return {}
+
+
+def no_files(config: Config) -> dict[str, Config]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """name; kind: `checkpoint` (an engine loads it) or `kernel` (a kernel eats it).
+    """name; kind: `checkpoint` (an engine loads it) or `kernel` (a kernel eats it). method: `quant_method` of the config.
 
-    reject(scheme, n, k) → why this weight cannot be written so, or None: reject or exact, never neither.
+    reject(scheme, n, k, dtype) → why this weight cannot be written so, or None: reject or exact, never neither. dtype: the
+    weight's own in the source, in safetensors' words.
     spec(scheme, n, k, dtype) → what `pack` makes of a weight of that dtype, known before any weight is read.
-    pack(q) → tensors by suffix; unpack(tensors, scheme) → the same QTensor, bit for bit.
-    config(scheme, ignore) → `quantization_config` of config.json. metadata: safetensors header entries of every shard.
-    tp_multiple(scheme) → (n, k): a tensor-parallel shard's sides must be multiples of these.
+    pack(q) → tensors by suffix; unpack(tensors, scheme, (n, k)) → the same QTensor, bit for bit.
+    config(scheme, ignore) → `quantization_config` of config.json.
+    tp_multiple(scheme) → (n, k): a tensor-parallel shard's sides must be multiples of these. None: it cannot be cut.
+    group(scheme) → one entry of `config_groups`, where a checkpoint may mix this layout with others of its method.
+    metadata(quantized modules, other tensors) → entries of every shard's safetensors header.
+    files(quantization_config) → other JSON files that this layout wants beside config.json.
     """
 
     name: str
     kind: str
-    reject: Callable[[Scheme, int, int], str | None]
+    method: str
+    reject: Callable[[Scheme, int, int, str], str | None]
     spec: Callable[[Scheme, int, int, str], Spec]
     pack: Callable[[QTensor], Tensors]
-    unpack: Callable[[Mapping[str, torch.Tensor], Scheme], QTensor]
-    config: Callable[[Scheme, Sequence[str]], dict[str, Any]]
-    tp_multiple: Callable[[Scheme], tuple[int, int]]
-    metadata: Mapping[str, str]
+    unpack: Callable[[Mapping[str, torch.Tensor], Scheme, tuple[int, int]], QTensor]
+    config: Callable[[Scheme, Sequence[str]], Config]
+    tp_multiple: Callable[[Scheme], tuple[int, int] | None]
+    group: Callable[[Scheme], Config] | None = None
+    metadata: Callable[[Modules, Sequence[str]], dict[str, str]] = no_metadata
+    files: Callable[[Config], dict[str, Config]] = no_files
 
 
-def ct_arguments(num_bits: int, kind: str, strategy: str, dynamic: bool, group_size: int = WHOLE) -> dict[str, Any]:
+def ct_arguments(
+    num_bits: int,
+    kind: str,
+    strategy: str,
+    dynamic: bool | str,
+    group_size: int = WHOLE,
+    symmetric: bool = True,
+    block: tuple[int, int] | None = None,
+    scale_dtype: str | None = None,
+) -> Config:
     """QuantizationArgs with the keys that compressed-tensors 0.17 parses; one more would refuse the checkpoint."""
-    arguments: dict[str, Any] = {"num_bits": num_bits, "type": kind, "symmetric": True, "strategy": strategy}
+    arguments: Config = {"num_bits": num_bits, "type": kind, "symmetric": symmetric, "strategy": strategy}
     if group_size != WHOLE:
         arguments["group_size"] = group_size
+    if block is not None:
+        arguments["block_structure"] = list(block)
+    if scale_dtype is not None:
+        arguments["scale_dtype"] = scale_dtype
     return arguments | {"dynamic": dynamic}
 
 
-def ct_config(
-    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, ignore: Sequence[str]
-) -> dict[str, Any]:
-    """One group for every Linear. `ignore` names each unquantized Linear in full: SGLang refuses one that nothing names."""
-    group = {
+def ct_group(form: str, weights: Config, inputs: Config | None) -> Config:
+    """One entry of `config_groups`, for every Linear."""
+    return {
         "targets": ["Linear"],
         "weights": weights,
         "input_activations": inputs,
         "output_activations": None,
         "format": form,
     }
+
+
+def ct_config(groups: Sequence[Config], ignore: Sequence[str]) -> Config:
+    """`ignore` names each unquantized Linear in full: SGLang refuses one that nothing names."""
+    forms = {group["format"] for group in groups}
     return {
-        "quant_method": "compressed-tensors",
-        "format": form,
+        "quant_method": CT,
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

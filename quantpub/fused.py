@@ -1,0 +1,39 @@
+"""What linears share because an engine merges them: the largest magnitude of a set, known before any of it is quantized.
+
+NVFP4's global scale and FP8's scale of a whole tensor must be bit-identical over q/k/v and over gate/up: engines keep one
+number for the merged weight. Finding it reads every such weight once, before the straight line starts (law 4: after that
+no tensor needs another). A scheme that shares nothing reads nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantpub.checkpoint import Slice, read_slice
+from quantpub.gemms import fuse
+from quantpub.plan import QUANTIZE, Plan
+from quantpub.scheme import WHOLE, Scheme
+
+
+def shares(scheme: Scheme) -> bool:
+    """Whether a weight of this scheme has one number for all of it."""
+    return scheme.weight.global_scale or scheme.weight.block[0] == WHOLE
+
+
+def fused_amax(plan: Plan) -> dict[str, float]:
+    """module → the largest magnitude in the set that it is merged with, itself included, where its scheme shares one."""
+    actions = {action.module: action for action in plan.actions if action.kind == QUANTIZE}
+    shapes = {module: (a.part.info.shape[0], a.part.info.shape[1]) for module, a in actions.items()}
+    own = {
+        module: _amax(plan, a.part) for module, a in actions.items() if shares(plan.treatments[a.treatment or 0].scheme)
+    }
+    found: dict[str, float] = {}
+    for members in fuse(shapes, plan.family).values():
+        if members[0] in own:
+            found |= dict.fromkeys(members, max(own[member] for member in members))
+    return found
+
+
+def _amax(plan: Plan, part: Slice) -> float:
+    low, high = torch.aminmax(read_slice(plan.checkpoint.source, part))
+    return max(-float(low), float(high))

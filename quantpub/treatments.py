@@ -1,0 +1,107 @@
+"""Treatments: what a recipe, and each of its rules, makes of a weight; and how a checkpoint of several is declared."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantpub.errors import InputError
+from quantpub.families import HEAD, LINEAR, ROUTER
+from quantpub.layouts import LAYOUTS
+from quantpub.layouts.base import Layout, ct_config
+from quantpub.recipe import Recipe
+from quantpub.registry import load
+from quantpub.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """algorithm: its name and parameters."""
+
+    scheme: Scheme
+    algorithm: Mapping[str, Any]
+    layout: Layout
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Treatment:
+        layout: Layout = load(LAYOUTS, "layout", value["layout"])
+        return Treatment(Scheme.from_json(value["scheme"]), value["algorithm"], layout)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"scheme": self.scheme.as_json(), "algorithm": dict(self.algorithm), "layout": self.layout.name}
+
+
+def make_treatments(recipe: Recipe, layout_name: str) -> tuple[Treatment, ...]:
+    """The recipe's own and its rules'. A rule's layout is the recipe's, or the one of the same method for its scheme.
+
+    Errors: InputError when no layout of that method holds a rule's scheme.
+    """
+    layout: Layout = load(LAYOUTS, "layout", layout_name)
+    treatments = [Treatment(recipe.resolved_scheme(), recipe.algorithm, layout)]
+    for rule in recipe.rules:
+        scheme = rule.resolved_scheme()
+        treatments.append(Treatment(scheme, rule.algorithm or recipe.algorithm, _beside(layout, scheme, recipe.name)))
+    return tuple(treatments)
+
+
+def _beside(layout: Layout, scheme: Scheme, recipe: str) -> Layout:
+    """The layout in which a weight of `scheme` can stand in the same checkpoint as those of `layout`."""
+    side = 1024  # any layout holds a weight of this shape, if it holds the scheme at all
+    mixing: list[Layout] = [] if layout.group is None else [load(LAYOUTS, "layout", name) for name in LAYOUTS]
+    for other in (layout, *(each for each in mixing if each.method == layout.method and each.group)):
+        if not other.reject(scheme, side, side, "BF16"):
+            return other
+    raise InputError(
+        f"a checkpoint in layout {layout.name} cannot hold weights of scheme {scheme.name}",
+        where=f"recipe {recipe}",
+        next="choose another scheme for this rule, or another layout",
+    )
+
+
+def natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def unquantized(copied: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Of (module, role): every Linear in high precision by its full name; `lm_head` also where it is tied."""
+    found = {module for module, role in copied if role in (LINEAR, ROUTER, HEAD)}
+    return tuple(sorted(found | {"lm_head"}, key=natural))
+
+
+def declared(treatments: Sequence[Treatment], treated: Mapping[str, int], ignored: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of modules → place in `treatments`.
+
+    Where there is more than one, each group names its modules in full: a class name would come before the members of a
+    merged module in SGLang's order of lookup, and after them in vLLM's.
+    """
+    used = sorted(set(treated.values())) or [0]
+    first = treatments[used[0]]
+    if len(used) == 1:
+        return first.layout.config(first.scheme, ignored)
+    groups = []
+    for place in used:
+        treatment = treatments[place]
+        assert treatment.layout.group is not None, "`_beside` lets only layouts mix that have groups"
+        names = [module for module, at in treated.items() if at == place]
+        groups.append(treatment.layout.group(treatment.scheme) | {"targets": targets(names, treated)})
+    return ct_config(groups, ignored)
+
+
+def targets(names: Sequence[str], others: Collection[str]) -> list[str]:
+    """`names` as few entries: a pattern of the whole name where it holds of all of `others` of that form, else names."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(_form(name), []).append(name)
+    counts = Counter(_form(name) for name in others)
+    entries: list[str] = []
+    for form, members in forms.items():
+        whole = counts[form] == len(members)
+        entries += [f"re:^{form}$"] if whole and len(members) > 1 else sorted(members, key=natural)
+    return entries
+
+
+def _form(name: str) -> str:
+    return r"\d+".join(re.escape(text) for text in re.split(r"\d+", name))

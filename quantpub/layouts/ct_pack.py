@@ -1,80 +1,114 @@
-"""compressed-tensors `pack-quantized`: int4 codes in int32 words, for vLLM (Marlin, Machete) and SGLang (Marlin).
+"""compressed-tensors `pack-quantized`: int4 or int8 codes in int32 words, for vLLM and SGLang (Marlin, Machete).
 
-Per module, with b = 4 bits and g columns a group:
-    weight_packed  int32 [N, K/8]   element k in bits 4·(k mod 8) … +3 of word k/8, stored as code + 8
-    weight_scale   model dtype [N, K/g]
-    weight_shape   int64 [2] = (N, K)
-Packing −8…7 gives the words 0x76543210, 0xfedcba98. Source: compressed-tensors' pack_quantized compressor.
+Legend: b bits, W = 32 / b codes a word, g columns a group. Per module:
+    weight_packed      int32 [N, K/W]          element k in bits b·(k mod W) … of word k/W, stored as code + 2^(b−1)
+    weight_scale       model dtype [N, K/g], or [N, 1] where a whole row shares one
+    weight_shape       int64 [2] = (N, K)
+    weight_zero_point  int32 [ceil(N/W), K/g]  asymmetric only: zeros packed the same way, but down the rows; what is
+                                               missing of the last word is zero bits
+Widths of 3, 5, 6 and 7 bits are left out: compressed-tensors packs them differently before and after 0.17.
+Source: compressed-tensors' pack_quantized compressor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Layout, Spec, Tensors, ct_arguments, ct_config
+from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 
 FORMAT = "pack-quantized"
-WORD = 8  # int4 codes in an int32
+Words = Callable[[torch.Tensor], torch.Tensor]
+PACK: dict[int, Words] = {4: pack_words, 8: pack_bytes}
+UNPACK: dict[int, Words] = {4: unpack_words, 8: unpack_bytes}
 
 
-def pack_words(codes_NK: torch.Tensor) -> torch.Tensor:
-    """int8 codes −8…7 [N, K], K a multiple of 8 → int32 [N, K/8].
-
-    Eight bytes are read as one 64-bit integer, and its low nibbles are folded together in three steps: an eighth of the
-    elements of a shift-and-add over single codes.
-    """
-    x = (codes_NK.contiguous() + 8).view(torch.int64)
-    x = (x | (x >> 4)) & 0x00FF00FF00FF00FF
-    x = (x | (x >> 8)) & 0x0000FFFF0000FFFF
-    return (x | (x >> 16)).to(torch.int32)  # the cast keeps the low 32 bits
+def _word(scheme: Scheme) -> int:
+    """Codes in an int32."""
+    return 32 // scheme.weight.number.bits
 
 
-def unpack_words(words_NW: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_words`: int32 [N, K/8] → int8 [N, K]."""
-    x = words_NW.to(torch.int64) & 0xFFFFFFFF
-    x = (x | (x << 16)) & 0x0000FFFF0000FFFF
-    x = (x | (x << 8)) & 0x00FF00FF00FF00FF
-    x = (x | (x << 4)) & 0x0F0F0F0F0F0F0F0F
-    return x.view(torch.int8) - 8
+def _asymmetric(scheme: Scheme) -> bool:
+    return scheme.weight.zero_domain == "int"
 
 
-def reject(scheme: Scheme, n: int, k: int) -> str | None:
+def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
     weight, group = scheme.weight, scheme.group_size
-    if weight.num != "int4" or weight.block[0] != 1 or weight.zero_domain != "none" or scheme.act is not None:
-        return f"ct-pack holds symmetric int4 weights with 16-bit activations, not {scheme.name}"
-    if k % WORD:
-        return f"in_features {k} is not a multiple of {WORD}, the codes of one packed word"
+    if weight.num not in ("int4", "int8") or weight.block[0] != 1 or scheme.act is not None:
+        return f"ct-pack holds int4 and int8 weights with 16-bit activations, not {scheme.name}"
+    if weight.zero_domain == "float":
+        return f"ct-pack stores zeros as integers, {scheme.name} has float ones"
+    if weight.scale_dtype != "model" or weight.global_scale:
+        return f"ct-pack stores one scale a group in the model's dtype, not {weight.scale_dtype} as {scheme.name} wants"
+    if k % _word(scheme):
+        return f"in_features {k} is not a multiple of {_word(scheme)}, the codes of one packed word"
     if group != WHOLE and k % group:
         return f"in_features {k} is not a multiple of the group size {group}"
     return None
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:
-    scale = scheme.weight.scale_shape(n, k)
-    return {"weight_packed": ("I32", (n, k // WORD)), "weight_scale": (dtype, scale), "weight_shape": ("I64", (2,))}
+    word, scale = _word(scheme), scheme.weight.scale_shape(n, k)
+    found: Spec = {
+        "weight_packed": ("I32", (n, k // word)),
+        "weight_scale": (dtype, scale),
+        "weight_shape": ("I64", (2,)),
+    }
+    if _asymmetric(scheme):
+        found["weight_zero_point"] = ("I32", (-(-n // word), scale[1]))
+    return found
 
 
 def pack(q: QTensor) -> Tensors:
-    shape = torch.tensor(q.shape, dtype=torch.int64)
-    return {"weight_packed": pack_words(q.codes_NK), "weight_scale": q.scale, "weight_shape": shape}
+    bits = q.scheme.weight.number.bits
+    tensors = {
+        "weight_packed": PACK[bits](q.codes_NK),
+        "weight_scale": q.scale,
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+    if _asymmetric(q.scheme):
+        assert q.zero is not None
+        tensors["weight_zero_point"] = _pack_down(q.zero, bits)
+    return tensors
 
 
-def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-    return QTensor(scheme, unpack_words(tensors["weight_packed"]), tensors["weight_scale"])
+def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    bits = scheme.weight.number.bits
+    zero = _unpack_down(tensors["weight_zero_point"], bits, shape[0]) if _asymmetric(scheme) else None
+    return QTensor(scheme, UNPACK[bits](tensors["weight_packed"]), tensors["weight_scale"], zero)
 
 
-def config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    strategy = "channel" if scheme.group_size == WHOLE else "group"
-    return ct_config(FORMAT, ct_arguments(4, "int", strategy, False, scheme.group_size), None, ignore)
+def _pack_down(zero_NG: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [N, G] → int32 [ceil(N/W), G]. The lowest code is stored as zero bits, so it pads."""
+    missing = -len(zero_NG) % (32 // bits)
+    padded_GN = torch.nn.functional.pad(zero_NG.T, (0, missing), value=-(1 << (bits - 1)))
+    return PACK[bits](padded_GN).T.contiguous()
+
+
+def _unpack_down(words_WG: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    return UNPACK[bits](words_WG.T.contiguous())[:, :n].T.contiguous()
+
+
+def group(scheme: Scheme) -> Config:
+    bits, strategy = scheme.weight.number.bits, "channel" if scheme.group_size == WHOLE else "group"
+    weights = ct_arguments(bits, "int", strategy, False, scheme.group_size, symmetric=not _asymmetric(scheme))
+    return ct_group(FORMAT, weights, None)
+
+
+def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
+    return ct_config([group(scheme)], ignore)
 
 
 def tp_multiple(scheme: Scheme) -> tuple[int, int]:
-    return 1, max(WORD, scheme.group_size)
+    """Whole words and whole groups along K; zeros are packed down the rows."""
+    word = _word(scheme)
+    columns = word if scheme.group_size == WHOLE else math.lcm(word, scheme.group_size)
+    return word if _asymmetric(scheme) else 1, columns
 
 
-LAYOUT = Layout("ct-pack", "checkpoint", reject, spec, pack, unpack, config, tp_multiple, {})
+LAYOUT = Layout("ct-pack", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)

@@ -1,0 +1,150 @@
+"""torchao's `tile_packed_to_4d`: int4 codes as tinygemm's tensor-core tiles hold them, with a float zero, in bf16.
+
+Legend: N' = N up to 8, K' = K up to 1024, g columns a group. Codes are stored unsigned, as c = code + 8. Per module:
+    _weight_qdata            int32 [N'/8, K'/128, 32, 4]   word [i, j, lane, m] holds row 8i + lane/4; its nibbles, from
+                             the lowest, columns k, k+8, k+16, k+24, k+1, k+9, k+17, k+25 of k = 128j + 32m + 2(lane mod 4)
+    _weight_scale_and_zero   bf16 [K'/g, N', 2]            (s, z): w = (c − 8)·s + z
+Padding is what torchao makes of a weight of zeros: c = 0 with s = bf16(1/20000) and z = 8s, which stands for exactly 0.
+The safetensors header of every shard names the class and the shape of every weight of the whole model: loaders merge
+the headers of all shards, and the list of names of the last one read stands for all.
+The lanes are those of CUDA's: on ROCm a tensor of the same shape means something else.
+Sources: torchao's Int4TilePackedTo4dTensor and its safetensors_support; PyTorch's _convert_weight_to_int4pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors
+from quantpub.qtensor import QTensor
+from quantpub.scheme import Scheme
+
+METHOD = "torchao"
+CLASS = "Int4TilePackedTo4dTensor"
+GROUPS = (32, 64, 128, 256)
+ROWS, COLUMNS, TILE = 8, 1024, 128  # what sides are padded to; columns of a tile
+PAD_SCALE = 1 / 20000  # the smallest scale that torchao's HQQ gives, and so that of a group of zeros
+
+
+def _up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
+    weight, group = scheme.weight, scheme.group_size
+    if weight.num != "int4" or weight.block[0] != 1 or scheme.act is not None:
+        return f"torchao-tile holds int4 weights with 16-bit activations, not {scheme.name}"
+    if weight.zero_domain == "int":
+        return f"torchao-tile stores zeros as bf16 numbers, which would round scale times zero of {scheme.name}"
+    if weight.scale_dtype != "model" or weight.global_scale:
+        return f"torchao-tile stores one bf16 scale a group, not {weight.scale_dtype} as {scheme.name} wants"
+    if dtype != "BF16":
+        return f"torchao-tile is bf16 only, the weight of {scheme.name} is {dtype}"
+    if group not in GROUPS:
+        return f"torchao-tile has groups of {GROUPS}, not {group} as {scheme.name} wants"
+    if k % group:
+        return f"in_features {k} is not a multiple of the group size {group}"
+    return None
+
+
+def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:
+    rows, columns = _up(n, ROWS), _up(k, COLUMNS)
+    return {
+        "_weight_qdata": ("I32", (rows // 8, columns // TILE, 32, 4)),
+        "_weight_scale_and_zero": ("BF16", (columns // scheme.group_size, rows, 2)),
+    }
+
+
+def pack_tiles(codes_NK: torch.Tensor) -> torch.Tensor:
+    """int8 codes −8…7 [N', K'] → int32 [N'/8, K'/128, 32, 4].
+
+    A row is 8i + a, a column 128j + 32m + 16h + 8l + 2c + d; word [i, j, 4a + c, m] holds it in the low (l = 0) or high
+    half of byte 2d + h. Those halves are eight columns apart: one 64-bit integer and the next.
+    """
+    n, k = codes_NK.shape
+    x = (codes_NK.contiguous() + 8).view(torch.int64).view(n // 8, 8, k // TILE, 4, 2, 2)
+    halves = (x[..., 0] | (x[..., 1] << 4)).view(torch.int8).view(n // 8, 8, k // TILE, 4, 2, 4, 2)
+    return halves.permute(0, 2, 1, 5, 3, 6, 4).contiguous().view(-1).view(torch.int32).view(n // 8, k // TILE, 32, 4)
+
+
+def unpack_tiles(words: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_tiles`: int32 [N'/8, K'/128, 32, 4] → int8 [N', K']."""
+    rows, tiles = words.shape[:2]
+    halves = words.contiguous().view(-1).view(torch.int8).view(rows, tiles, 8, 4, 4, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    x = halves.contiguous().view(-1).view(torch.int64)
+    codes = torch.stack((x & 0x0F0F0F0F0F0F0F0F, (x >> 4) & 0x0F0F0F0F0F0F0F0F), -1)
+    return codes.view(torch.int8).view(rows * 8, tiles * TILE) - 8
+
+
+def pack(q: QTensor) -> Tensors:
+    n, k = q.shape
+    rows, columns = _up(n, ROWS) - n, _up(k, COLUMNS) - k
+    margin = (0, columns // q.scheme.group_size, 0, rows)
+    smallest = torch.tensor(PAD_SCALE, dtype=q.scale.dtype).item()
+    zero = torch.zeros_like(q.scale) if q.zero is None else q.zero
+    pairs = pad(q.scale, margin, value=smallest), pad(zero, margin, value=8 * smallest)
+    return {
+        "_weight_qdata": pack_tiles(pad(q.codes_NK, (0, columns, 0, rows), value=-8)),
+        "_weight_scale_and_zero": torch.stack(pairs, -1).transpose(0, 1).contiguous(),
+    }
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    n, k = shape
+    codes_NK = unpack_tiles(tensors["_weight_qdata"])[:n, :k].contiguous()
+    scale, zero = tensors["_weight_scale_and_zero"].transpose(0, 1)[:n, : k // scheme.group_size].unbind(-1)
+    floats = scheme.weight.zero_domain == "float"
+    return QTensor(scheme, codes_NK, scale.contiguous(), zero.contiguous() if floats else None)
+
+
+def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
+    """What transformers' TorchAoConfig writes. Loaders read the packing and the group; HQQ is a word about the origin."""
+    quantization = {
+        "group_size": scheme.group_size,
+        "set_inductor_config": True,
+        "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"},
+        "int4_choose_qparams_algorithm": {"_type": "Int4ChooseQParamsAlgorithm", "_data": "HQQ"},
+        "int4_tile_packed_ntile": ROWS,
+    }
+    return {
+        "quant_method": METHOD,
+        "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": quantization}},
+        "modules_to_not_convert": list(ignore),
+        "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }
+
+
+def header(modules: Modules, copied: Sequence[str]) -> dict[str, str]:
+    """The entries of every shard's header: of quantized modules with scheme and shape, and of other tensors' names."""
+    weights = {f"{module}.weight": _class(scheme, shape) for module, (scheme, shape) in modules.items()}
+    entries = weights | dict.fromkeys(copied, '{"_type": "Tensor"}')
+    assert not any(c in name for name in entries for c in '"\\'), "names of tensors need no escapes in JSON"
+    return entries | {"tensor_names": "[" + ", ".join(f'"{name}"' for name in entries) + "]"}
+
+
+def _class(scheme: Scheme, shape: tuple[int, int]) -> str:
+    data = f'{{"block_size": [1, {scheme.group_size}], "shape": [{shape[0]}, {shape[1]}]}}'
+    return f'{{"_type": "{CLASS}", "_data": {data}, "_tensor_data_names": ["qdata", "scale_and_zero"]}}'
+
+
+def tp_multiple(scheme: Scheme) -> tuple[int, int]:
+    """vLLM cuts padded tensors in proportion to their unpadded sides: only sides without padding cut right."""
+    return ROWS, COLUMNS
+
+
+LAYOUT = Layout(
+    "torchao-tile",
+    "checkpoint",
+    METHOD,
+    reject,
+    spec,
+    pack,
+    unpack,
+    config,
+    tp_multiple,
+    metadata=header,
+)

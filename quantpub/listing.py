@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantpub.registry import Entry
 from quantpub.scheme import SUMMARIES
-from quantpub.targets import TARGETS
+from quantpub.targets import TARGETS, Target
 
 
 def _summaries(registry: Mapping[str, Entry]) -> dict[str, str]:
@@ -31,10 +31,16 @@ def _recipes() -> dict[str, str]:
 
 
 def _engines() -> dict[str, str]:
-    return {
-        name: f"{target.summary}: {', '.join(f'{layout} ({loads.versions})' for layout, loads in target.loads.items())}"
-        for name, target in TARGETS.items()
-    }
+    return {name: _engine(target) for name, target in TARGETS.items()}
+
+
+def _engine(target: Target) -> str:
+    """Layouts of the same versions together, and what the engine refuses."""
+    versions: dict[str, list[str]] = {}
+    for layout, loads in target.loads.items():
+        versions.setdefault(loads.versions, []).append(layout)
+    loaded = "; ".join(f"{', '.join(layouts)} ({version})" for version, layouts in versions.items())
+    return f"{target.summary}: {loaded}" + (f"; not {', '.join(target.refuses)}" if target.refuses else "")
 
 
 def _algorithms() -> dict[str, str]:
@@ -44,9 +50,9 @@ def _algorithms() -> dict[str, str]:
 
 
 def _layouts() -> dict[str, str]:
-    from quantpub.layouts import LAYOUTS
+    from quantpub.layouts import KERNEL_LAYOUTS, LAYOUTS
 
-    return _summaries(LAYOUTS)
+    return _summaries(LAYOUTS) | _summaries(KERNEL_LAYOUTS)
 
 
 def _kernels() -> dict[str, str]:

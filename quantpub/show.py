@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantpub.hardware import GENERATIONS
 from quantpub.output import Output
 
 
@@ -50,6 +51,12 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
         out.line(f"  left behind      {', '.join(facts['left_behind'])}")
     for tensor, reason in facts["rejected"].items():
         out.line(f"  rejected         {tensor}: {reason}")
+    for line in kernel_lines(facts["kernels"]):
+        out.line(f"  kernel           {line}")
+    for line in alignment_lines(facts["kernels"]):
+        out.line(f"  alignment        {line}")
+    for note in facts["notes"]:
+        out.line(f"  note             {note['note']} [{note['id']}]")
     if "actions" in facts:
         rows = [
             [
@@ -62,6 +69,37 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
             for a in facts["actions"]
         ]
         out.table("", ["tensor", "dtype", "shape", "action", "becomes, or why not"], rows)
+
+
+def kernel_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """One line for each engine, version and kind of weight: kernels, the GPUs that run them, and which were seen."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for e in entries:
+        kind = f"{e['scheme']}{' experts' if e['experts'] else ''}"
+        words = e["kernel"] or f"refused ({e['refused']})"
+        gpu = e["gpu"] + ("*" if e["source"].startswith("seen") else "")
+        lines.setdefault(f"{e['engine']} {e['version']}, {kind}", {}).setdefault(words, []).append(gpu)
+    said = [
+        f"{head}: {'; '.join(f'{words} on {_gpus(gpus)}' for words, gpus in outcomes.items())}"
+        for head, outcomes in lines.items()
+    ]
+    return [*said, "* seen here; the others were read in the engine's source"] if any("*" in x for x in said) else said
+
+
+def _gpus(names: list[str]) -> str:
+    return "every GPU and the CPU" if len(names) == len(GENERATIONS) else " ".join(names)
+
+
+def alignment_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """Of the kernels whose wants are known: which take every merged weight as it is, and of the others the first misfit."""
+    judged = [entry for entry in entries if entry.get("aligned") is not None]
+    lines = []
+    for e in judged:
+        if odd := e["misaligned"]:
+            head = f"{e['kernel']}, {e['engine']} {e['version']}: {e['aligned']} of {e['gemms']} merged weights fit"
+            lines.append(f"{head}; {odd['gemm']}: {odd['reason']}; {odd['effect']}")
+    fitting = sorted({e["kernel"] for e in judged} - {e["kernel"] for e in judged if e["misaligned"]})
+    return [*([f"every merged weight fits {', '.join(fitting)}"] if fitting else []), *dict.fromkeys(lines)]
 
 
 def show_quantized(out: Output, reports: list[dict[str, Any]]) -> None:

@@ -1,58 +1,242 @@
-"""Serving engines, as data: which layouts each loads, since which version, and where that was read or seen.
+"""Serving engines, as data: which layouts each loads, for which schemes, since which version, and where that is known from.
 
-Recipes name an engine and a layout; this table says whether the pair can work at all. `seen` cells were run here, `read`
-ones come from the engine's source.
+Recipes name an engine and a layout; these tables say whether the pair can work at all, and what refuses it where it
+cannot. A source that begins with `seen` was run here, one that begins with `read` comes from the engine's own source.
+Which kernel then runs is the matter of `kernel_tables`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+# The versions that were read for the tables: the oldest and the newest
+VERSIONS = {
+    "vllm": ("0.25.1", "0.33.0"),
+    "sglang": ("0.5.23",),
+    "tensorrt-llm": ("main, mid-2026",),
+    "transformers": ("5.23.0",),
+}
 
 
 @dataclass(frozen=True)
 class Loads:
+    """versions that load the layout. schemes: those it loads so, None for all that the layout holds.
+
+    experts: why the linears of experts cannot be in this layout, None where nothing is known against it.
+    needs: packages that the engine does not bring along.
+    """
+
     versions: str
+    source: str
+    schemes: tuple[str, ...] | None = None
+    experts: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def seen(self) -> bool:
+        return self.source.startswith("seen")
+
+
+@dataclass(frozen=True)
+class Refuses:
+    reason: str
     source: str
 
 
 @dataclass(frozen=True)
 class Target:
-    """An engine: one line of description, and layout → the versions that load it."""
+    """An engine: a line of description; layout → what loads it; layout → why it is refused. Together: every layout.
+
+    mixed: why it cannot load a checkpoint of several schemes.
+    """
 
     summary: str
     loads: dict[str, Loads]
+    refuses: dict[str, Refuses] = field(default_factory=dict)
+    mixed: str | None = None
 
+
+_VLLM = "0.25.1 – 0.33.0"
+_CT_VLLM = "read: vLLM 0.25.1 and 0.33.0, compressed_tensors.py"
+_CT_SGLANG = "read: SGLang 0.5.23, compressed_tensors.py"
+_CT_TRT = "read: TensorRT-LLM models/quant_config_utils.py"
+_CT_HF = "seen: opened and decompressed; computes in the model's own dtype"
+_HF = "5.17 – 5.23"
+_TRT = "main, mid-2026"
+_BOTH_FP4 = ("NVFP4", "NVFP4A16")
+_SYMMETRIC = ("W4A16", "W8A16")
+_NO_TORCHAO = Refuses(
+    "torchao was removed from SGLang", "read: SGLang issue 34295 and pull request 34304; no torchao in 0.5.23"
+)
+_NOT_READ = "its PyTorch backend does not know this quant_method"
+_AUTO = "read: transformers quantizers/auto.py"
 
 TARGETS = {
     "vllm": Target(
         "vLLM",
         {
             "ct-pack": Loads(
-                "0.25.1 – 0.33.0", "read: the WNA16 scheme of compressed_tensors.py; 0.25.1 seen on an H200"
+                _VLLM,
+                "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0, the WNA16 scheme",
+                ("W4A16", "W4A16_ASYM", "W8A16"),
             ),
+            "ct-int": Loads(_VLLM, _CT_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
             "ct-float": Loads(
-                "0.25.1 – 0.33.0", "read: the W8A8Fp8 scheme of compressed_tensors.py; 0.25.1 seen on an H200"
+                _VLLM,
+                "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0, the W8A8Fp8 scheme",
+                ("FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
+            ),
+            "ct-nvfp4": Loads(_VLLM, _CT_VLLM + ", the W4A4Fp4 scheme", _BOTH_FP4),
+            "ct-mxfp4": Loads(_VLLM, _CT_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
+            "hf-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, fp8.py"),
+            "modelopt-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", ("FP8",)),
+            "modelopt-nvfp4": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", _BOTH_FP4),
+            "gptq": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, auto_gptq.py: symmetric only", _SYMMETRIC),
+            "awq": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, auto_awq.py"),
+            "torchao-tile": Loads(
+                _VLLM,
+                "read: vLLM 0.25.1 and 0.33.0, torchao.py",
+                experts="vLLM's torchao loader takes linear layers only, neither experts nor lm_head",
+                needs=("torchao",),
+            ),
+            "bnb-int8": Loads(
+                "0.25.1 – 0.27; from 0.28 by vllm-bnb-plugin",
+                "read: vLLM 0.25.1, bitsandbytes_loader.py; vLLM pull request 43529 moved it out in 0.28",
+                experts="vLLM's bitsandbytes loader refuses experts that are 8-bit on disk",
+                needs=("bitsandbytes",),
             ),
         },
     ),
     "sglang": Target(
         "SGLang",
         {
-            "ct-pack": Loads("0.5.23", "read: compressed_tensors.py; Marlin only, group 32, 64, 128 or whole rows"),
-            "ct-float": Loads("0.5.23", "read: compressed_tensors.py; CUTLASS FP8 from compute capability 8.9"),
+            "ct-pack": Loads("0.5.23", _CT_SGLANG + ": Marlin only", ("W4A16", "W4A16_ASYM", "W8A16")),
+            "ct-int": Loads(
+                "0.5.23",
+                _CT_SGLANG + ": not on Blackwell",
+                ("W8A8",),
+                experts="SGLang has INT8 experts in this format for NPUs only",
+            ),
+            "ct-float": Loads("0.5.23", _CT_SGLANG, ("FP8", "FP8_DYNAMIC", "FP8_BLOCK")),
+            "ct-nvfp4": Loads("0.5.23", _CT_SGLANG, _BOTH_FP4),
+            "hf-fp8": Loads("0.5.23", "read: SGLang 0.5.23, fp8.py"),
+            "modelopt-fp8": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", ("FP8",)),
+            "modelopt-nvfp4": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", _BOTH_FP4),
+            "gptq": Loads("0.5.23", "read: SGLang 0.5.23, gptq/gptq.py: symmetric only", _SYMMETRIC),
+            "awq": Loads("0.5.23", "read: SGLang 0.5.23, awq/awq.py"),
+            "bnb-int8": Loads(
+                "0.5.23", "read: SGLang 0.5.23, model_loader/loader.py: one GPU only", needs=("bitsandbytes",)
+            ),
+        },
+        {
+            "ct-mxfp4": Refuses("no scheme for dense MXFP4 weights", _CT_SGLANG),
+            "torchao-tile": _NO_TORCHAO,
         },
     ),
     "tensorrt-llm": Target(
         "TensorRT-LLM, PyTorch backend",
         {
-            "ct-float": Loads("main, mid-2026", "read: models/quant_config_utils.py; Hopper only"),
+            "ct-float": Loads(_TRT, _CT_TRT + ": no scale of a whole tensor", ("FP8_DYNAMIC", "FP8_BLOCK")),
+            "hf-fp8": Loads(_TRT, "read: TensorRT-LLM _torch/model_config.py", ("FP8_BLOCK",)),
+            "modelopt-fp8": Loads(_TRT, "read: TensorRT-LLM _torch/modules/linear.py", ("FP8",)),
+            "modelopt-nvfp4": Loads(
+                _TRT,
+                "read: TensorRT-LLM _torch/modules/linear.py; NVFP4A16 by pull requests 13476 and 16511",
+                _BOTH_FP4,
+            ),
+        },
+        {
+            "ct-pack": Refuses("it reads the format of the activations, and weight-only int4 has none", _CT_TRT),
+            "ct-int": Refuses("it has no INT8: the codes would be cast to FP8 in silence", _CT_TRT),
+            "ct-nvfp4": Refuses(
+                "the tensor names are known to single model classes only: take modelopt-nvfp4, the same bytes",
+                "read: TensorRT-LLM pull requests 16447 and 17726, open in mid-2026",
+            ),
+            "ct-mxfp4": Refuses("it reads the format of the activations, and weight-only MXFP4 has none", _CT_TRT),
+            "gptq": Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026"),
+            "awq": Refuses(
+                _NOT_READ + "; of AWQ it reads ModelOpt's W4A16_AWQ", "read: TensorRT-LLM _torch/model_config.py"
+            ),
+            "torchao-tile": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
+            "bnb-int8": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
         },
     ),
     "transformers": Target(
-        "transformers with compressed-tensors",
+        "transformers",
         {
-            "ct-pack": Loads("5.17 – 5.23", "seen: opened and decompressed; computes in the model's own dtype"),
-            "ct-float": Loads("5.17 – 5.23", "seen: opened and decompressed; computes in the model's own dtype"),
+            "ct-pack": Loads(
+                _HF,
+                _CT_HF,
+                needs=("compressed-tensors", "accelerate"),
+            ),
+            "ct-int": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "ct-float": Loads(
+                _HF,
+                _CT_HF,
+                needs=("compressed-tensors", "accelerate"),
+            ),
+            "ct-nvfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "hf-fp8": Loads(
+                _HF,
+                "read: quantizer_finegrained_fp8.py: FP8 from 8.9 on, below and on CPUs the model's own dtype",
+                needs=("accelerate", "kernels"),
+            ),
+            "gptq": Loads(_HF, "read: quantizer_gptq.py", needs=("optimum", "gptqmodel")),
+            "awq": Loads(_HF, "read: quantizer_awq.py", needs=("gptqmodel", "accelerate")),
+            "torchao-tile": Loads(
+                _HF,
+                "read: quantizer_torchao.py",
+                needs=("torchao",),
+                experts="transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys",
+            ),
+            "bnb-int8": Loads(
+                _HF,
+                "read: quantizer_bnb_8bit.py",
+                needs=("bitsandbytes", "accelerate"),
+                experts="transformers replaces linear layers only, and its experts are one parameter",
+            ),
         },
+        {
+            "modelopt-fp8": Refuses("transformers does not know ModelOpt's quant_method", _AUTO),
+            "modelopt-nvfp4": Refuses("transformers does not know ModelOpt's quant_method", _AUTO),
+        },
+        # seen with 5.23: integrations/compressed_tensors.py, get_dense_scheme
+        mixed="it decompresses every dense layer by the first group of the config",
     ),
 }
+
+
+def unloadable(engine: str, layout: str, scheme: str | None = None, experts: bool = False) -> str | None:
+    """Why the engine cannot load weights of the scheme in this layout, or None. experts: among them are experts'."""
+    target = TARGETS[engine]
+    if layout not in target.loads:
+        refusal = target.refuses.get(layout)
+        return refusal.reason if refusal else "not established"
+    loads = target.loads[layout]
+    if scheme is not None and loads.schemes is not None and scheme not in loads.schemes:
+        return f"{target.summary} loads {layout} for {', '.join(loads.schemes)} only, not for {scheme}"
+    return loads.experts if experts else None
+
+
+def engine_rows() -> list[tuple[str, str, str]]:
+    """(engine, layouts it loads by version, those seen here in bold, layouts it refuses), as README shows them."""
+    return [(target.summary, _loaded(target), _codes(target.refuses) or "–") for target in TARGETS.values()]
+
+
+def _loaded(target: Target) -> str:
+    versions: dict[str, list[str]] = {}
+    for name, loads in target.loads.items():
+        versions.setdefault(loads.versions, []).append(f"**`{name}`**" if loads.seen else f"`{name}`")
+    return "; ".join(f"{version}: {', '.join(names)}" for version, names in versions.items())
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def engine_table() -> str:
+    """The engines in Markdown, as README holds them."""
+    rows = [("engine", "loads (bold: seen here, the rest read in its source)", "refuses"), ("---",) * 3, *engine_rows()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +255,8 @@ def _is_source(artifact: Artifact, checkpoint: Checkpoint) -> bool:
 
 def _activations(model: ArtifactModel) -> dict[str, Any]:
     """What was done to activations, and the quantized parameters whose input could not be rounded."""
-    act = model.act
-    rounded = act and {"num": act.num, "granularity": act.granularity, "dynamic": act.dynamic}
-    return {"quantized": rounded, "not_emulated": model.not_emulated()}
+    acts = [asdict(act) for act in dict.fromkeys(model.acts) if act]
+    return {"quantized": acts, "not_emulated": model.not_emulated()}
 
 
 def _require_finite(rows: list[Row], artifact: Artifact) -> None:

@@ -6,7 +6,7 @@ Weights are decoded from the artifact (layout.unpack, then dequantize) and hande
 under their checkpoint names, so that transformers' own conversion places them, fused experts included. Where the scheme
 quantizes activations, the input of every quantized weight is rounded as the serving kernel rounds it; which parameters
 those are is found by sending a mask of ones and zeros through the same conversion.
-Rounding follows vLLM's dynamic per-token FP8 kernel: scale = max(amax / 448, 1 / (448 * 512)), x / scale saturating.
+Rounding is in `activations.py`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from quantpub.activations import Rounding, rounding_of
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.qtensor import dequantize
-from quantpub.scheme import ActFormat
 
-FP8_MAX = 448.0
-MIN_SCALE = 1 / (FP8_MAX * 512)
-WHOLE, PARTLY, NOT = "whole", "partly", "not"
+NOT, PARTLY = -1, -2  # beside places of treatments
 Read = Callable[[], torch.Tensor]
-
-
-def fp8_per_token(x_MK: torch.Tensor) -> torch.Tensor:
-    """x rounded to FP8 E4M3 with one scale a row, as the float32 values that the kernel multiplies."""
-    scale_M1 = (x_MK.abs().amax(-1, keepdim=True).float() / FP8_MAX).clamp_(min=MIN_SCALE)
-    codes_MK = (x_MK.float() / scale_M1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (codes_MK.float() * scale_M1).to(x_MK.dtype)
-
-
-ROUNDING = {ActFormat("fp8_e4m3", "token", True): fp8_per_token}
 
 
 class Deferred:
@@ -53,20 +41,21 @@ class Deferred:
 class RoundedActivations(TorchFunctionMode):
     """Within this context `linear` rounds its input wherever its weight is one of `weights`.
 
-    weights: (address, elements) → parameter name. reached: the parameters that were multiplied with.
+    weights: (address, elements) → parameter name and rounding. reached: the parameters that were multiplied with.
     """
 
-    def __init__(self, weights: dict[tuple[int, int], str], rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, weights: dict[tuple[int, int], tuple[str, Rounding]]) -> None:
         super().__init__()
-        self.weights, self.rounding = weights, rounding
+        self.weights = weights
         self.reached: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and len(args) >= 2:
             x, weight, *rest = args
-            if name := self.weights.get((weight.data_ptr(), weight.numel())):
+            if found := self.weights.get((weight.data_ptr(), weight.numel())):
+                name, rounding = found
                 self.reached.add(name)
-                args = (self.rounding(x), weight, *rest)
+                args = (rounding(x), weight, *rest)
         return func(*args, **(kwargs or {}))
 
 
@@ -76,20 +65,20 @@ class ArtifactModel:
     def __init__(self, decoder: Decoder, device: str = "cpu") -> None:
         """Errors: InputError when a tensor is missing or the model has no place for one."""
         decoder.require_whole()
-        self.act = decoder.scheme.act
-        self._masks = _quantized_slices(decoder) if self.act else {}
+        self.acts = [treatment.scheme.act for treatment in decoder.treatments]
+        self._masks = _quantized_slices(decoder) if any(self.acts) else {}
         self.model = _load(_config(decoder), _weights(decoder), torch.float32, decoder.artifact.path).to(device)
-        self._rounded = self._mode()
+        self._rounded = RoundedActivations(self._weights()) if self._masks else None
 
-    def _mode(self) -> RoundedActivations | None:
-        rounding = ROUNDING.get(self.act) if self.act else None
-        if rounding is None:
-            return None
+    def _weights(self) -> dict[tuple[int, int], tuple[str, Rounding]]:
+        """Each 2-D weight whose whole input is rounded in one way that is known here."""
         parameters, weights = dict(self.model.named_parameters()), {}
-        for name, masks in self._masks.items():
-            slices = zip(_slices(parameters[name]), masks, strict=True)
-            weights.update({(part.data_ptr(), part.numel()): name for part, mask in slices if mask == WHOLE})
-        return RoundedActivations(weights, rounding)
+        for name, marks in self._masks.items():
+            for part, mark in zip(_slices(parameters[name]), marks, strict=True):
+                act = self.acts[mark] if mark >= 0 else None
+                if act is not None and (rounding := rounding_of(act)):
+                    weights[part.data_ptr(), part.numel()] = (name, rounding)
+        return weights
 
     def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
         with self._rounded or contextlib.nullcontext():
@@ -99,7 +88,7 @@ class ArtifactModel:
     def not_emulated(self) -> list[str]:
         """Quantized parameters whose input was not rounded so far, all of it or in part, though the scheme says so."""
         reached = self._rounded.reached if self._rounded else set()
-        return sorted(name for name, masks in self._masks.items() if name not in reached or PARTLY in masks)
+        return sorted(name for name, marks in self._masks.items() if name not in reached or PARTLY in marks)
 
 
 def load_baseline(folder: Path, device: str = "cpu") -> Any:
@@ -168,22 +157,26 @@ def _weights(decoder: Decoder) -> dict[str, Any]:
     return state | {name: Deferred(copied(name)) for name in decoder.copied()}
 
 
-def _quantized_slices(decoder: Decoder) -> dict[str, list[str]]:
-    """Model parameter → how much of each of its 2-D slices is quantized, for every parameter that holds any.
+def _quantized_slices(decoder: Decoder) -> dict[str, list[int]]:
+    """Model parameter → the treatment of each of its 2-D slices, for every parameter whose input is rounded somewhere.
 
-    A slice is quantized in part where a fused weight has a member that the recipe ignores: its one input cannot be
+    A slice is PARTLY treated where a fused weight has a member that the recipe ignores: its one input cannot be
     rounded for the others alone.
     """
-    one, zero = torch.ones((), dtype=torch.bfloat16), torch.zeros((), dtype=torch.bfloat16)
-    state = {f"{module}.weight": one.expand(shape) for module, shape in decoder.modules()}
-    state |= {name: zero.expand(decoder.shape(name)) for name in decoder.copied()}
+    acts = [treatment.scheme.act for treatment in decoder.treatments]
+    marks = [torch.tensor(float(place + 1 if act else 0), dtype=torch.bfloat16) for place, act in enumerate(acts)]
+    place = {module: decoder.place(module) for module, _ in decoder.modules()}
+    state = {f"{module}.weight": marks[place[module]].expand(shape) for module, shape in decoder.modules()}
+    state |= {name: torch.zeros((), dtype=torch.bfloat16).expand(decoder.shape(name)) for name in decoder.copied()}
     parameters = _load(_config(decoder), state, torch.bfloat16, decoder.artifact.path).named_parameters()
-    found = {name: [_extent(mask) for mask in _slices(parameter)] for name, parameter in parameters}
-    return {name: masks for name, masks in found.items() if {WHOLE, PARTLY} & set(masks)}
+    found = {name: [_mark(mask) for mask in _slices(parameter)] for name, parameter in parameters}
+    return {name: marks for name, marks in found.items() if set(marks) - {NOT}}
 
 
-def _extent(mask: torch.Tensor) -> str:
-    return WHOLE if bool(mask.all()) else PARTLY if bool(mask.any()) else NOT
+def _mark(mask: torch.Tensor) -> int:
+    """The place of the one treatment of a whole slice, NOT, or PARTLY."""
+    low, high = int(mask.amin()), int(mask.amax())
+    return high - 1 if low == high else PARTLY
 
 
 def _slices(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -34,7 +34,7 @@ def evaluation() -> dict[str, Any]:
         ),
         "baseline": {"kind": "local", "name": "model", "is_source": True},
         "data": {"file": "text.jsonl", "sha256": "ab" * 32, "documents": 7, "tokens": 32768},
-        "activations": {"quantized": None, "not_emulated": []},
+        "activations": {"quantized": [], "not_emulated": []},
         "perplexity": {
             "base": {"mean": 12.3456789, "stderr": 1.2345678},
             "artifact": {"mean": 13.5792468, "stderr": 1.3579246},
@@ -325,10 +325,10 @@ def test_the_components_add_up_to_the_model(full: Artifact) -> None:
     assert {row[4] for row in rows if row not in quantized} == {"BF16"}
 
 
-def test_activations_are_described_from_the_config(tmp_path: Path) -> None:
+def test_activations_are_described_from_the_scheme(tmp_path: Path) -> None:
     artifact = Artifact.open(make_artifact(DEMO_MODEL, "fp8-dynamic", tmp_path / "fp8"))
     card(artifact)
-    assert "| fp8, one scale per row | fp8, one scale per token, at run time |" in section(
+    assert "| FP8 (E4M3), one scale per row | FP8 (E4M3), one scale per token, at run time |" in section(
         readme(artifact), "What is quantized"
     )
     assert front_matter(artifact)["tags"][1:3] == ["fp8-dynamic", "fp8"]
@@ -338,7 +338,7 @@ def test_a_config_that_contradicts_the_plan_has_no_card(full: Artifact) -> None:
     config = full.config()
     config["quantization_config"]["ignore"].append("model.layers.0.self_attn.q_proj")
     full.write("config.json", json.dumps(config).encode())
-    with pytest.raises(InputError, match=r"config.json declares model.layers.0.self_attn.q_proj unquantized"):
+    with pytest.raises(InputError, match="quantization_config and the plan disagree on ignore"):
         card(full)
 
 
@@ -371,7 +371,10 @@ def test_gpu_timings_name_the_gpu_and_its_driver(full: Artifact) -> None:
 def test_limitations_follow_from_the_evidence(full: Artifact) -> None:
     evidence = evaluation()
     evidence["baseline"] = {"kind": "local", "name": "cousin", "is_source": False}
-    evidence["activations"] = {"quantized": {"num": "fp8_e4m3", "granularity": "token"}, "not_emulated": ["experts"]}
+    evidence["activations"] = {
+        "quantized": [{"num": "fp8_e4m3", "granularity": "token", "dynamic": True}],
+        "not_emulated": ["experts"],
+    }
     full.write_evidence("eval.json", evidence)
     card(full)
     text = section(readme(full), "Limitations")

@@ -1,21 +1,20 @@
-"""What is quantized, and how: read from config.json's quantization_config and the plan, never from a template.
+"""What is quantized, and how: from the schemes that the plan names, held against config.json's quantization_config.
 
-config.json is what an engine obeys, the plan is what was done. A linear on which the two disagree cannot be described.
+config.json is what an engine obeys, the plan is what was done. An artifact on which the two disagree is not described.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from quantpub.artifact import Artifact
-from quantpub.decode import plan_lines
+from quantpub.decode import Decoder
 from quantpub.errors import InputError
-from quantpub.families import HEAD, LINEAR, ROUTER
+from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
-QUANTIZABLE = (LINEAR, ROUTER, HEAD)  # what an engine builds as a Linear, and would quantize unless told not to
+NAMES = {"int4": "int4", "int8": "int8", "fp4_e2m1": "FP4 (E2M1)", "fp8_e4m3": "FP8 (E4M3)"}
 
 
 @dataclass
@@ -32,60 +31,55 @@ class Component:
 
 def components(artifact: Artifact) -> list[Component]:
     """Every component, quantized ones first. Errors: InputError where config.json and the plan disagree."""
-    config = artifact.config()
+    decoder = Decoder(artifact)
+    _require_agreement(artifact, decoder)
     found: dict[tuple[str, str], Component] = {}
-    for line in plan_lines(artifact):
+    for line in decoder.actions:
         module, shape = line["as"].removesuffix(".weight"), tuple(line["shape"])
-        group = declared(config, module) if line["role"] in QUANTIZABLE else None
-        if (group is not None) != (line["action"] == "quantize"):
-            state = "quantized" if group else "unquantized"
-            raise InputError(
-                f"config.json declares {module} {state}, the plan says {line['action']}",
-                where=str(artifact.path / "config.json"),
-                next="quantize again into another folder",
-            )
-        weights, activations = precision(group) if group else (line["dtype"], "–")
+        weights, activations = line["dtype"], "–"
+        if line["action"] == "quantize":
+            weights, activations = precision(decoder.treated(module).scheme)
         key = (re.sub(r"\.\d+(?=\.|$)", ".*", module), weights)
         part = found.setdefault(key, Component(key[0], weights, activations))
-        part.count, part.parameters = part.count + 1, part.parameters + _elements(shape)
+        part.count, part.parameters = part.count + 1, part.parameters + math.prod(shape)
         part.shapes.add(shape)
     return sorted(found.values(), key=lambda part: part.activations == "–")
 
 
-def _elements(shape: Sequence[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+def _require_agreement(artifact: Artifact, decoder: Decoder) -> None:
+    """config.json must say what the layouts state for what the plan did, key by key."""
+    stated, expected = artifact.config().get("quantization_config") or {}, decoder.declared()
+    if odd := [key for key in {*stated, *expected} if stated.get(key) != expected.get(key)]:
+        raise InputError(
+            f"quantization_config and the plan disagree on {', '.join(sorted(odd))}",
+            where=str(artifact.path / "config.json"),
+            next="quantize again into another folder",
+        )
 
 
-def declared(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
-    """The group of quantization_config that applies to a Linear of this name, or None."""
-    quantization = config.get("quantization_config") or {}
-    if any(_matches(entry, module) for entry in quantization.get("ignore", [])):
-        return None
-    groups: Sequence[Mapping[str, Any]] = list((quantization.get("config_groups") or {}).values())
-    return next((group for group in groups if any(_targets(entry, module) for entry in group.get("targets", []))), None)
+def precision(scheme: Scheme) -> tuple[str, str]:
+    """(weights, activations) of a scheme in words."""
+    return _weights(scheme.weight), activation_words(scheme.act)
 
 
-def _targets(entry: str, module: str) -> bool:
-    return entry == "Linear" or _matches(entry, module)
+def _weights(weight: WeightFormat) -> str:
+    rows, columns = weight.block
+    if rows == WHOLE:
+        per = "tensor"
+    elif rows > 1:
+        per = f"{rows}×{columns} block"
+    else:
+        per = "row" if columns == WHOLE else f"{columns} columns"
+    kind = {"fp8_e4m3": "FP8 (E4M3) ", "e8m0": "power-of-two "}.get(weight.scale_dtype, "")
+    zero = {"none": "", "int": " and an integer zero", "float": " and a floating-point zero"}[weight.zero_domain]
+    shared = ", one global scale" if weight.global_scale else ""
+    return f"{NAMES[weight.num]}, one {kind}scale{zero} per {per}{shared}"
 
 
-def _matches(entry: str, module: str) -> bool:
-    return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
-
-
-def precision(group: Mapping[str, Any]) -> tuple[str, str]:
-    """(weights, activations) of one group in words."""
-    inputs = group.get("input_activations")
-    return _words(group["weights"]), _words(inputs) if inputs else "not quantized"
-
-
-def _words(arguments: Mapping[str, Any]) -> str:
-    """compressed-tensors' QuantizationArgs as a reader says them."""
-    number = {"int": "int", "float": "fp"}.get(arguments["type"], arguments["type"]) + str(arguments["num_bits"])
-    per = {"group": f"{arguments.get('group_size')} columns", "channel": "row"}
-    scale = f"one scale per {per.get(arguments['strategy'], arguments['strategy'])}"
-    symmetry = "" if arguments.get("symmetric", True) else ", asymmetric"
-    return f"{number}, {scale}{symmetry}" + (", at run time" if arguments.get("dynamic") else "")
+def activation_words(act: ActFormat | None) -> str:
+    if act is None:
+        return "not quantized"
+    per = f"{act.group_size} columns of a token" if act.granularity == "group" else act.granularity
+    when = "at run time" if act.dynamic else "calibrated"
+    kept = "" if act.outlier is None else f"; columns with magnitudes from {act.outlier:g} on stay in 16 bits"
+    return f"{NAMES[act.num]}, one scale per {per}, {when}{kept}"

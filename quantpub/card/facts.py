@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantpub.artifact import Artifact
-from quantpub.card.components import Component, components
+from quantpub.card.components import Component, activation_words, components
 from quantpub.card.limits import limits
 from quantpub.errors import InputError
+from quantpub.kernel_tables import hardware_rows
 from quantpub.plots import speedups, sqnr
-from quantpub.targets import TARGETS
+from quantpub.scheme import ActFormat
+from quantpub.targets import TARGETS, Loads, unloadable
 
 STAGES = ("verify", "profile", "eval")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -103,7 +105,7 @@ def summary(artifact: Artifact, run: Facts, made: Facts, parts: list[Component])
         rows += [("Bits per quantized weight, scales included", f"{made['bits_per_quantized_weight']:.3f}")]
     rows += [
         ("KV cache", "not quantized" if config.get("kv_cache_scheme") is None else "quantized"),
-        ("Format", f"{config.get('quant_method')} `{config.get('format')}` (quantpub layout `{run['layout']}`)"),
+        ("Format", _format(config, run)),
         ("Parameters", f"{made['parameters']:,}, of which {made['quantized_parameters']:,} quantized"),
         ("Bits per parameter, whole checkpoint", f"{made['bits_per_weight']:.3f}"),
         (
@@ -113,6 +115,11 @@ def summary(artifact: Artifact, run: Facts, made: Facts, parts: list[Component])
         ),
     ]
     return rows
+
+
+def _format(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    form = next((f" `{config[key]}`" for key in ("format", "quant_algo", "version") if config.get(key)), "")
+    return f"{config.get('quant_method')}{form} (quantpub layout `{run['layout']}`)"
 
 
 def _base(source: Mapping[str, Any]) -> str:
@@ -140,21 +147,22 @@ def _component(part: Component) -> Facts:
 
 
 def engines(run: Mapping[str, Any]) -> list[Facts]:
-    """The engines that load this layout: versions, and whether that was seen or read."""
-    rows = []
-    for name in run.get("engines", []):
-        if name in TARGETS and run["layout"] in TARGETS[name].loads:
-            loads = TARGETS[name].loads[run["layout"]]
-            rows.append(
-                {
-                    "id": name,
-                    "title": TARGETS[name].summary,
-                    "versions": loads.versions,
-                    "basis": loads.source,
-                    "seen": "seen" in loads.source,
-                }
-            )
-    return rows
+    """The engines that load this layout: versions, whether that was seen or read, packages, and kernels by GPU."""
+    layout, scheme = run["layout"], run["scheme"]["name"]
+    names = [name for name in run.get("engines", []) if name in TARGETS and not unloadable(name, layout, scheme)]
+    return [_engine(name, TARGETS[name].summary, TARGETS[name].loads[layout], layout, scheme) for name in names]
+
+
+def _engine(name: str, title: str, loads: Loads, layout: str, scheme: str) -> Facts:
+    return {
+        "id": name,
+        "title": title,
+        "versions": loads.versions,
+        "basis": loads.source,
+        "seen": loads.seen,
+        "needs": list(loads.needs),
+        "kernels": [list(row) for row in hardware_rows(name, layout, scheme)],
+    }
 
 
 def measured(figure: Mapping[str, Any], digits: int, scale: float = 1, unit: str = "") -> str:
@@ -184,7 +192,7 @@ def quality(evidence: Mapping[str, Any] | None) -> Facts | None:
         "data": evidence.get("data", {}),
         "made_by": _made_by(evidence),
         "settings": evidence.get("made_by", {}).get("settings", {}),
-        "rounded": act.get("quantized"),
+        "rounded": [activation_words(ActFormat(**one)) for one in act.get("quantized") or ()],
         "not_emulated": act.get("not_emulated", []),
         "baseline": base_name(baseline),
         "is_source": baseline.get("is_source", False),

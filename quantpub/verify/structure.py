@@ -55,8 +55,8 @@ def tensors(subject: Subject) -> Finding:
         name: (dtype, tuple(shape)) for line in decoder.actions for name, (dtype, shape) in line["outputs"].items()
     }
     for module, (n, k) in decoder.modules():
-        dtype = next(line["dtype"] for line in decoder.actions if line["as"] == f"{module}.weight")
-        for suffix, spec in decoder.layout.spec(decoder.scheme, n, k, dtype).items():
+        treatment = decoder.treated(module)
+        for suffix, spec in treatment.layout.spec(treatment.scheme, n, k, decoder.source_dtype(module)).items():
             expected[f"{module}.{suffix}"] = spec
     found = {name: (info.dtype, info.shape) for infos in _headers(subject).values() for name, info in infos.items()}
     problems += [f"{name} is missing" for name in expected if name not in found]
@@ -70,26 +70,36 @@ def tensors(subject: Subject) -> Finding:
 def config(subject: Subject) -> Finding:
     """Every Linear that is not quantized is named in `ignore` in full, and every quantized one is not."""
     stated, decoder = subject.artifact.config(), subject.decoder
-    quantized = {module for module, _ in decoder.modules()}
-    declared = stated.get("quantization_config", {})
-    ignore = declared.get("ignore", [])
-    problems = (
-        [] if declared == decoder.layout.config(decoder.scheme, ignore) else ["quantization_config is not the layout's"]
-    )
-    problems += [f"{module} is quantized, but listed in ignore" for module in ignore if module in quantized]
-    plain = {
-        line["as"].removesuffix(".weight")
-        for line in decoder.actions
-        if line["action"] == "copy" and line["role"] in ("linear", "router", "head")
-    }
-    problems += [f"{module} is not quantized, and not listed in ignore" for module in sorted(plain - set(ignore))]
+    stating, expecting = stated.get("quantization_config", {}), decoder.declared()
+    quantized, listed = {module for module, _ in decoder.modules()}, set(stating.get("ignore") or ())
+    problems = [f"{module} is quantized, but listed in ignore" for module in sorted(quantized & listed)]
+    if "ignore" in expecting:
+        problems += [
+            f"{module} is not quantized, and not listed in ignore"
+            for module in decoder.ignored()
+            if module not in listed
+        ]
+    problems += [
+        f"quantization_config says {key} = {_short(stating.get(key))}, the layout {_short(expecting.get(key))}"
+        for key in sorted({*stating, *expecting})
+        if stating.get(key) != expecting.get(key)
+    ]
+    for name, content in decoder.files().items():
+        path = subject.artifact.path / name
+        if not path.is_file() or json.loads(path.read_text("utf-8")) != content:
+            problems.append(f"{name} is not what the layout states")
     if subject.source is not None:
         expected = public_config(subject.source)
         ours = {key: value for key, value in stated.items() if key != "quantization_config"}
         problems += [f"{key} is not the source's" for key in {*ours, *expected} if ours.get(key) != expected.get(key)]
     if found := LOCAL_PATH.search(json.dumps(stated)):
         problems.append(f"config.json holds a local path ({found[0]}…)")
-    return first(problems, f"{declared.get('format')}, {len(ignore)} modules ignored by name")
+    method = " ".join(str(stating[key]) for key in ("quant_method", "format") if key in stating)
+    return first(problems, f"{method}, {len(decoder.ignored())} modules in high precision")
+
+
+def _short(value: object) -> str:
+    return f"{json.dumps(value):.60}"
 
 
 def bits(subject: Subject) -> Finding:
@@ -113,7 +123,7 @@ def bits(subject: Subject) -> Finding:
         else []
     )
     problems += [f"{size} bytes on disk, {record['output_bytes']} declared"] if size != record["output_bytes"] else []
-    bits_of_code = subject.decoder.scheme.weight.number.bits
+    bits_of_code = min(treatment.scheme.weight.number.bits for treatment in subject.decoder.treatments)
     if actual is not None and actual < bits_of_code:
         problems.append(f"{actual} bits a weight cannot hold {bits_of_code}-bit codes")
     return first(problems, f"{actual} bits a quantized weight, {record['bits_per_weight']} over all parameters")

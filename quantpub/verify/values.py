@@ -18,15 +18,16 @@ from quantpub.verify.source import NO_SOURCE, source_parts
 
 # Lowest SQNR of a sound tensor. Normal weights reach 19–20 dB at int4 in groups of 128 and 31–32 dB at FP8 E4M3;
 # heavy tails cost a few dB of it.
-FLOORS_DB = {"int4": 13.0, "fp8_e4m3": 25.0}
+FLOORS_DB = {"int4": 13.0, "int8": 30.0, "fp4_e2m1": 13.0, "fp8_e4m3": 25.0}
 
 
 def values(subject: Subject) -> Finding:
     modules = subject.decoder.modules()
     parts = source_parts(subject.source) if subject.source else {}
-    floor, problems, measured = FLOORS_DB[subject.decoder.scheme.weight.num], [], {}
+    problems, measured, floors = [], {}, {}
     for done, (module, _) in enumerate(modules, 1):
         q = subject.decoder.qtensor(module)
+        floor = floors[module] = FLOORS_DB[q.scheme.weight.num]
         if reason := unsound(q):
             problems.append(f"{module}: {reason}")
         if subject.source is not None:
@@ -36,12 +37,13 @@ def values(subject: Subject) -> Finding:
             if not min(whole, rows) >= floor:
                 problems.append(f"{module}: SQNR {min(whole, rows):.1f} dB, the floor is {floor:g} dB")
         subject.progress(done, len(modules))
-    _leave_figures(subject, measured, floor)
+    _leave_figures(subject, measured, floors)
     if not problems and subject.source is None:
         return passed(f"{len(modules)} tensors dequantized, scales sound; against the source {NO_SOURCE}")
     return first(
         problems,
-        f"{len(measured)} tensors, SQNR {min(measured.values(), default=0):.1f} dB or more, floor {floor:g} dB",
+        f"{len(measured)} tensors, SQNR {min(measured.values(), default=0):.1f} dB or more, "
+        f"floor {' and '.join(f'{value:g}' for value in sorted(set(floors.values())))} dB",
     )
 
 
@@ -52,6 +54,9 @@ def unsound(q: QTensor) -> str | None:
         return "a scale is not finite"
     if bool((scale == 0).any()):
         return "a scale is zero"
+    for name, value in (("zero", q.zero), ("global scale", q.global_scale), ("input scale", q.input_scale)):
+        if value is not None and not bool(torch.isfinite(value.float()).all()):
+            return f"a {name} is not finite"
     return None
 
 
@@ -75,13 +80,13 @@ def _decibels(ratio: float, exact: bool) -> float:
     return 10 * math.log10(ratio) if ratio > 0 and math.isfinite(ratio) else -200.0
 
 
-def _leave_figures(subject: Subject, measured: dict[str, float], floor: float) -> None:
+def _leave_figures(subject: Subject, measured: dict[str, float], floors: dict[str, float]) -> None:
     if not measured:
         return
     worst = min(measured, key=lambda module: measured[module])
     subject.figures["tensors"] = {
         "compared": len(measured),
-        "floor_db": floor,
+        "floor_db": min(floors.values()),
         "sqnr_db": {
             "min": round(measured[worst], 3),
             "median": round(statistics.median(measured.values()), 3),

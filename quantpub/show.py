@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
         out.line(f"  ignore           {entry} matches nothing")
     if facts["left_behind"]:
         out.line(f"  left behind      {', '.join(facts['left_behind'])}")
-    for tensor, reason in facts["rejected"].items():
-        out.line(f"  rejected         {tensor}: {reason}")
+    for names, reason in alike(facts["rejected"]):
+        out.line(f"  rejected         {names}: {reason}")
     for line in kernel_lines(facts["kernels"]):
         out.line(f"  kernel           {line}")
     for line in alignment_lines(facts["kernels"]):
@@ -69,6 +70,17 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
             for a in facts["actions"]
         ]
         out.table("", ["tensor", "dtype", "shape", "action", "becomes, or why not"], rows)
+
+
+def alike(rejected: dict[str, str]) -> list[tuple[str, str]]:
+    """One line for what differs in numbers only: (name, how many more of its kind; reason of the first)."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for tensor, reason in rejected.items():
+        found.setdefault((re.sub(r"\d+", "*", tensor), re.sub(r"\.\d+\.", ".*.", reason)), []).append(tensor)
+    return [
+        (names[0] + (f" (and {len(names) - 1} of its kind)" if len(names) > 1 else ""), rejected[names[0]])
+        for names in found.values()
+    ]
 
 
 def kernel_lines(entries: list[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_MODEL, make_artifact, save_llama
+from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama
 from test_partners import NEWEST, our_digests, their_digests
 
 from quantpub.artifact import Artifact
@@ -142,16 +142,18 @@ def test_experts_that_no_engine_of_the_recipe_loads_are_refused(tmp_path: Path) 
     from safetensors.torch import save_file
 
     (tmp_path / "m").mkdir()
-    at = "model.layers.0.mlp.experts.0."
-    tensors = {f"{at}{name}_proj.weight": torch.randn(256, 256).bfloat16() for name in ("gate", "up", "down")}
+    at, names = "model.layers.0.mlp.experts.", ("gate", "up", "down")
+    tensors = {f"{at}{e}.{name}_proj.weight": torch.randn(256, 256).bfloat16() for e in range(4) for name in names}
     save_file(tensors, tmp_path / "m" / "model.safetensors")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts_per_tok": 2}))
     source, tile = open_checkpoint(str(tmp_path / "m")), load_recipe("int4-hqq-tile")
     with pytest.raises(InputError, match="leaves the experts of such a checkpoint uninitialised"):
         require_runnable(make_plan(source, tile, "torchao-tile"))
     ignoring = tile.model_copy(update={"ignore": ("lm_head", r"re:.*\.experts\..*")})
     require_runnable(make_plan(source, ignoring, "torchao-tile"))
     require_runnable(make_plan(source, load_recipe("w4a16"), "ct-pack"))
+    shown = run_cli("plan", tmp_path / "m", "-r", "int4-hqq-tile")
+    assert shown.out.count("rejected") == 3 and shown.code == 3, "one line for experts that differ in numbers only"
 
 
 def test_a_rule_that_matches_nothing_is_shown() -> None:

@@ -136,14 +136,9 @@ class Groups:
         return self.sum(a_RGg) / self.weight
 
     def error(self, scale_RG: torch.Tensor, zero_RG: torch.Tensor | None = None) -> torch.Tensor:
-        """The squared error of the codes that scale and zero give, relative as `gain` is, [R, G]."""
+        """The squared error of the codes that scale and zero give, relative to amax²: tiny squares would vanish. [R, G]"""
         off_RGg = self.codes(scale_RG, zero_RG).sub_(self.w_RGg / scale_RG[..., None])
         return self.dot(off_RGg, off_RGg).mul_((scale_RG / nonzero(self.amax_RG)).square_())
-
-    def gain(self, product_RG: torch.Tensor, slope_RG: torch.Tensor) -> torch.Tensor:
-        """product · slope, what a fit explains of <w,w>, relative to amax²: squares of tiny weights would vanish."""
-        unit_RG = nonzero(self.amax_RG)
-        return (product_RG / unit_RG).mul_(slope_RG / unit_RG)
 
     @property
     def amax_RG(self) -> torch.Tensor:

@@ -1,15 +1,17 @@
-"""Scale search: for every group, the signed scale of least squared error under rounding and clipping.
+"""Scale search: for every group, the scale (and integer zero) of least squared error under rounding and clipping.
 
 Legend: R rows of a block, G groups of a row, g columns of a group.
 
-For fixed codes q the best scale is the projection s = <w,q>/<q,q>, and the error left is <w,w> − <w,q>²/<q,q>. So each
-candidate scale is judged by the codes it gives, not by itself: take codes from a grid of candidates, keep the scale whose
-projection explains most, alternate codes and projection a few times (each step can only lower the error), and end with
-the best of the three neighbouring values in the stored dtype, judged by the true error with recomputed codes.
+With codes u less their zero, the best scale for fixed u is the projection s = <w,u>/<u,u>, and the error left is
+<w,w> − <w,u>²/<u,u>. So each candidate is judged by the codes it gives, not by itself: take codes from a grid of
+candidates, keep the one whose projection explains most, alternate codes and projection a few times (each step can only
+lower the error), and end with the best of the three neighbouring values in the stored dtype and plain rounding's own
+scale, judged by the true error with recomputed codes.
 
-The int4 range is −8…7, one step longer below. The sign of the scale is free, so the grid holds both signs: a negative
-scale lets code −8 serve the larger side of the weights. With activation second moments the same holds for the weighted
-norm, sum over k of E[x_k²]·(w_k − s·q_k)².
+Without a zero, int4 codes are −8…7, one step longer below. The sign of the scale is free, so the grid holds both signs:
+a negative scale lets code −8 serve the larger side of the weights. With an integer zero the grid is joint: for every
+scale the zero that centres the range on the weights, and those next to it. With activation second moments the same holds
+for the weighted norm, sum over k of E[x_k²]·(w_k − s·u_k)².
 """
 
 from __future__ import annotations
@@ -18,19 +20,35 @@ from dataclasses import dataclass
 
 import torch
 
-from quantpub.algorithms.base import Algorithm, by_row_blocks, nonzero
+from quantpub.algorithms.base import (
+    FLOAT_ZERO,
+    Algorithm,
+    Groups,
+    Pair,
+    by_row_blocks,
+    candidates,
+    finish,
+    int_reject,
+    neighbours,
+    nonzero,
+    plain,
+    stored,
+)
 from quantpub.qtensor import QTensor
-from quantpub.scheme import WHOLE, Scheme
+from quantpub.scheme import Scheme
 from quantpub.stats import Stats
 
 
 @dataclass(frozen=True)
 class Params:
-    """grid: candidates of each sign. shrink: the smallest candidate, as a part of the largest. refine: alternations."""
+    """grid: candidate scales, of each sign or with each zero. shrink: the smallest, as a part of the largest.
 
-    grid: int = 12
-    shrink: float = 0.65
-    refine: int = 3
+    refine: alternations of codes and projection.
+    """
+
+    grid: int = 8
+    shrink: float = 0.8
+    refine: int = 1
 
     def __post_init__(self) -> None:
         if not (self.grid >= 1 and 0 < self.shrink <= 1 and self.refine >= 0):
@@ -38,90 +56,61 @@ class Params:
 
 
 def reject(scheme: Scheme) -> str | None:
-    if scheme.weight.number.kind != "int":
-        return f"search finds scales of integer codes, not of {scheme.weight.num}"
-    return None
+    if scheme.weight.zero_domain == FLOAT_ZERO:
+        return "search finds integer zeros; for a float zero take hqq"
+    return int_reject("search", scheme)
 
 
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """One block of rows as groups, with the importance of each column (None: all alike)."""
-
-    w_RGg: torch.Tensor
-    importance_Gg: torch.Tensor | None
-    low: float
-    high: float
-
-    def codes(self, scale_RG: torch.Tensor) -> torch.Tensor:
-        return (self.w_RGg / scale_RG[..., None]).round_().clamp_(self.low, self.high)
-
-    def dot(self, a_RGg: torch.Tensor, b_RGg: torch.Tensor) -> torch.Tensor:
-        product = a_RGg * b_RGg
-        return (product if self.importance_Gg is None else product.mul_(self.importance_Gg)).sum(-1)
-
-    def project(self, scale_RG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best scale for the codes that `scale_RG` gives, and how much of <w,w> it explains."""
-        q_RGg = self.codes(scale_RG)
-        wq, qq = self.dot(self.w_RGg, q_RGg), self.dot(q_RGg, q_RGg)
-        best = torch.where(qq > 0, wq / qq, scale_RG)
-        return nonzero(best), wq * best
-
-    def error(self, scale_RG: torch.Tensor) -> torch.Tensor:
-        off_RGg = self.codes(scale_RG).mul_(scale_RG[..., None]).sub_(self.w_RGg)
-        return self.dot(off_RGg, off_RGg)
+def _project(groups: Groups, scale_RG: torch.Tensor, zero_RG: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scale for the codes that scale and zero give, and how much of <w,w> it explains."""
+    u_RGg = groups.codes(scale_RG, zero_RG)
+    wu, uu = groups.dot(groups.w_RGg, u_RGg), groups.dot(u_RGg, u_RGg)
+    best = torch.where(uu > 0, wu / uu, scale_RG)
+    return nonzero(best), wu * best
 
 
-def _largest(groups: _Groups) -> torch.Tensor:
-    """The entry of largest magnitude of every group, with its sign."""
-    low_RG, high_RG = groups.w_RGg.amin(-1), groups.w_RGg.amax(-1)
-    return nonzero(torch.where(-low_RG > high_RG, low_RG, high_RG))
+def _search(groups: Groups, starts: list[Pair], refine: int) -> Pair:
+    """The best pair, its scale not yet rounded to its stored dtype."""
+    (scale_RG, zero_RG), *others = starts
+    scale_RG, gain_RG = _project(groups, scale_RG, zero_RG)
+    for start_RG, with_RG in others:
+        other_RG, gain = _project(groups, start_RG, with_RG)
+        better = gain > gain_RG
+        scale_RG, gain_RG = torch.where(better, other_RG, scale_RG), torch.where(better, gain, gain_RG)
+        zero_RG = _choose(better, with_RG, zero_RG)
+    for _ in range(refine):
+        scale_RG, _ = _project(groups, scale_RG, zero_RG)
+    return scale_RG, zero_RG
 
 
-def _candidates(groups: _Groups, params: Params) -> list[torch.Tensor]:
-    """Scales that map the largest magnitude to `low` (opposite sign) or `high` (same sign), and shrunken ones."""
-    largest_RG = _largest(groups)
-    steps = torch.linspace(params.shrink, 1.0, params.grid).tolist()
-    return [largest_RG * (step / end) for end in (groups.low, groups.high) for step in steps]
+def _choose(better: torch.Tensor, one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return None if one is None or other is None else torch.where(better, one, other)
 
 
-def _search(groups: _Groups, params: Params) -> torch.Tensor:
-    """The scale in float32 [R, G], before it is rounded to its stored dtype."""
-    best_RG, gain_RG = None, None
-    for candidate in _candidates(groups, params):
-        scale, gain = groups.project(candidate)
-        if best_RG is None or gain_RG is None:
-            best_RG, gain_RG = scale, gain
-        else:
-            better = gain > gain_RG
-            best_RG, gain_RG = torch.where(better, scale, best_RG), torch.where(better, gain, gain_RG)
-    assert best_RG is not None
-    for _ in range(params.refine):
-        best_RG, _ = groups.project(best_RG)
-    return best_RG
-
-
-def _stored(groups: _Groups, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The best of the nearest value in `dtype`, its two neighbours, and plain rounding's scale: never worse than that."""
-    nearest = nonzero(scale_RG.to(dtype))
-    neighbours = [torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, -torch.inf)]
-    plain = (_largest(groups).abs() / ((groups.high - groups.low) / 2)).to(dtype)
-    best, least = nearest, groups.error(nearest.float())
-    for other in map(nonzero, (*neighbours, plain)):
-        error = groups.error(other.float())
-        best, least = torch.where(error < least, other, best), torch.minimum(error, least)
-    return best
+def _store(groups: Groups, found: Pair, scheme: Scheme, dtype: torch.dtype) -> Pair:
+    """The best of the nearest stored scale, its two neighbours, and plain rounding's pair: never worse than that."""
+    scale_RG, zero_RG = found
+    best = stored(scale_RG, scheme, dtype)
+    others = [(near, zero_RG) for near in neighbours(best, scheme, dtype)] + [plain(groups, scheme, dtype)]
+    least = groups.error(best.float(), zero_RG)
+    for other, with_RG in others:
+        error = groups.error(other.float(), with_RG)
+        better = error < least
+        best, least = torch.where(better, other, best), torch.minimum(error, least)
+        zero_RG = _choose(better, with_RG, zero_RG)
+    return best, zero_RG
 
 
 def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Params) -> QTensor:
-    """w_NK: float [N, K] with K a multiple of the group size. Scale in w's dtype, possibly negative."""
-    number, group = scheme.weight.number, scheme.group_size if scheme.group_size != WHOLE else w_NK.shape[1]
-    moment_K = None if stats is None else stats.second_moment_K
-    importance_Gg = None if moment_K is None else moment_K.to(w_NK.device, torch.float32).view(-1, group)
+    """w_NK: float [N, K] with K a multiple of the group size.
 
-    def rows(w_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = _Groups(w_RK.float().view(len(w_RK), -1, group), importance_Gg, number.low, number.high)
-        scale_RG = _stored(groups, _search(groups, params), w_RK.dtype)
-        return groups.codes(scale_RG.float()).to(torch.int8).view(w_RK.shape), scale_RG
+    Scale in its stored dtype, possibly negative where there is no zero; zero int8, where there is one.
+    """
+
+    def rows(w_RK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        groups = Groups.of(w_RK, stats, scheme)
+        found = _search(groups, candidates(groups, scheme, params.shrink, params.grid), params.refine)
+        return finish(groups, w_RK, *_store(groups, found, scheme, w_RK.dtype))
 
     return by_row_blocks(rows, w_NK, scheme)
 

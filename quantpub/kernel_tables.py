@@ -52,35 +52,36 @@ class Seen:
 
 
 _DENSE_RUN, _MOE_RUN = (
-    "docs/evidence/h200-vllm-pycode-llama-28m.json",
-    "docs/evidence/h200-vllm-pycode-qwen3moe-27m.json",
+    "docs/evidence/h200-vllm-layouts-pycode-llama-28m.json",
+    "docs/evidence/h200-vllm-layouts-pycode-qwen3moe-27m.json",
 )
+
+
+def _dense(layout: str, scheme: str, kernel: str, said: str) -> Seen:
+    return Seen("vllm", "0.25.1", layout, scheme, "sm90", kernel, said, _DENSE_RUN)
+
+
+def _experts(layout: str, scheme: str, kernel: str, said: str) -> Seen:
+    return Seen("vllm", "0.25.1", layout, scheme, "sm90", kernel, said, _MOE_RUN, True)
+
+
+# FP8 blocks ran on CUTLASS there, with DeepGEMM, which the engine prefers, switched off: not what it would choose
 SEEN = (
-    Seen("vllm", "0.25.1", "ct-pack", "W4A16", "sm90", "Machete", "Using MacheteLinearKernel", _DENSE_RUN),
-    Seen(
-        "vllm",
-        "0.25.1",
-        "ct-float",
-        "FP8_DYNAMIC",
-        "sm90",
-        "CUTLASS FP8",
-        "Selected CutlassFP8ScaledMMLinearKernel",
-        _DENSE_RUN,
-    ),
-    Seen(
-        "vllm", "0.25.1", "ct-pack", "W4A16", "sm90", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend", _MOE_RUN, True
-    ),
-    Seen(
-        "vllm",
-        "0.25.1",
-        "ct-float",
-        "FP8_DYNAMIC",
-        "sm90",
-        "CUTLASS FP8 MoE",
-        "Using VLLM_CUTLASS Fp8 MoE backend",
-        _MOE_RUN,
-        True,
-    ),
+    _dense("ct-pack", "W4A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _dense("ct-pack", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _dense("ct-pack", "W8A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _dense("gptq", "W4A16", "Machete", "Using MacheteLinearKernel for AutoGPTQLinearMethod"),
+    _dense("awq", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for AutoAWQMarlinLinearMethod"),
+    _dense("ct-int", "W8A8", "CUTLASS INT8", "Selected CutlassInt8ScaledMMLinearKernel"),
+    _dense("ct-float", "FP8_DYNAMIC", "CUTLASS FP8", "Selected CutlassFP8ScaledMMLinearKernel"),
+    _dense("ct-nvfp4", "NVFP4A16", "Marlin NVFP4 W4A16", "Using MarlinNvFp4LinearKernel"),
+    _dense("ct-mxfp4", "MXFP4A16", "Marlin MXFP4 W4A16", "Using MarlinMxFp4LinearKernel"),
+    _experts("ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
+    _experts("ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
+    _experts("ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),
+    _experts("ct-float", "FP8_DYNAMIC", "CUTLASS FP8 MoE", "Using VLLM_CUTLASS Fp8 MoE backend"),
+    _experts("ct-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
+    _experts("modelopt-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
 )
 
 

@@ -58,7 +58,7 @@ class Target:
 
 
 _VLLM = "0.25.1 – 0.33.0"
-_CT_VLLM = "read: vLLM 0.25.1 and 0.33.0, compressed_tensors.py"
+_SEEN_VLLM = "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0"
 _CT_SGLANG = "read: SGLang 0.5.23, compressed_tensors.py"
 _CT_TRT = "read: TensorRT-LLM models/quant_config_utils.py"
 _CT_HF = "seen: opened and decompressed; computes in the model's own dtype"
@@ -78,25 +78,25 @@ TARGETS = {
         {
             "ct-pack": Loads(
                 _VLLM,
-                "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0, the WNA16 scheme",
+                _SEEN_VLLM + ", the WNA16 scheme",
                 ("W4A16", "W4A16_ASYM", "W8A16"),
             ),
-            "ct-int": Loads(_VLLM, _CT_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
+            "ct-int": Loads(_VLLM, _SEEN_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
             "ct-float": Loads(
                 _VLLM,
-                "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0, the W8A8Fp8 scheme",
+                _SEEN_VLLM + ", the W8A8Fp8 scheme",
                 ("FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
             ),
-            "ct-nvfp4": Loads(_VLLM, _CT_VLLM + ", the W4A4Fp4 scheme", _BOTH_FP4),
-            "ct-mxfp4": Loads(_VLLM, _CT_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
-            "hf-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, fp8.py"),
+            "ct-nvfp4": Loads(_VLLM, _SEEN_VLLM + ", the W4A4Fp4 scheme", _BOTH_FP4),
+            "ct-mxfp4": Loads(_VLLM, _SEEN_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
+            "hf-fp8": Loads(_VLLM, _SEEN_VLLM + ", fp8.py"),
             "modelopt-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", ("FP8",)),
-            "modelopt-nvfp4": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", _BOTH_FP4),
-            "gptq": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, auto_gptq.py: symmetric only", _SYMMETRIC),
-            "awq": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, auto_awq.py"),
+            "modelopt-nvfp4": Loads(_VLLM, _SEEN_VLLM + ", modelopt.py", _BOTH_FP4),
+            "gptq": Loads(_VLLM, _SEEN_VLLM + ", auto_gptq.py: symmetric only", _SYMMETRIC),
+            "awq": Loads(_VLLM, _SEEN_VLLM + ", auto_awq.py"),
             "torchao-tile": Loads(
                 _VLLM,
-                "read: vLLM 0.25.1 and 0.33.0, torchao.py",
+                _SEEN_VLLM + ", torchao.py",
                 experts="vLLM's torchao loader takes linear layers only, neither experts nor lm_head",
                 needs=("torchao",),
             ),
@@ -180,14 +180,14 @@ TARGETS = {
             "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
             "hf-fp8": Loads(
                 _HF,
-                "read: quantizer_finegrained_fp8.py: FP8 from 8.9 on, below and on CPUs the model's own dtype",
+                "seen: 5.23 opened and dequantized on a CPU; read: FP8 from compute capability 8.9 on",
                 needs=("accelerate", "kernels"),
             ),
             "gptq": Loads(_HF, "read: quantizer_gptq.py", needs=("optimum", "gptqmodel")),
             "awq": Loads(_HF, "read: quantizer_awq.py", needs=("gptqmodel", "accelerate")),
             "torchao-tile": Loads(
                 _HF,
-                "read: quantizer_torchao.py",
+                "seen: 5.17 on an H200 and 5.23 on a CPU, opened as torchao's own tensors",
                 needs=("torchao",),
                 experts="transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys",
             ),

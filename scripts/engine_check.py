@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-WORKERS = 4  # engines at a time
+WORKERS = 3  # engines at a time
 
 KERNEL = re.compile(
     r"(Using \w+Kernel for [\w-]+|Selected \w+ for \w+|Using \w+ (?:Fp8 )?MoE backend|Using '?\w+'? \w+ MoE backend[^\n]*)"

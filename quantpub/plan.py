@@ -31,6 +31,7 @@ from quantpub.targets import unloadable
 from quantpub.treatments import Treatment, declared, make_treatments, unquantized
 
 QUANTIZE, COPY = "quantize", "copy"
+REJECTED = "rejected: "  # begins the reason of an action that no plan may be run with
 FLOATS = ("BF16", "F16", "F32")
 TP_SIZES = (1, 2, 4, 8)
 ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|w2)$")  # their K is cut by tensor parallelism, the others' N
@@ -161,6 +162,8 @@ def mixed(shards: Mapping[str, Sequence[Action]], family: Family) -> dict[str, s
             sets[layer] = (*sets.get(layer, ()), module)
     problems = {}
     for name, members in sets.items():
+        if any((actions[member].reason or "").startswith(REJECTED) for member in members):
+            continue  # that has a reason of its own
         if len({actions[member].treatment for member in members}) > 1:
             odd = next(m for m in members if actions[m].treatment != actions[members[0]].treatment)
             problems[actions[odd].part.name] = (
@@ -207,7 +210,7 @@ def _action(
     scheme, layout = treatments[place].scheme, treatments[place].layout
     if reason := _reject(part, scheme, layout) or _no_engine(module, treatments[place], recipe, treatments[0].layout):
         rejections[part.name] = reason
-        return Action(COPY, part, role, copied, f"rejected: {reason}")
+        return Action(COPY, part, role, copied, f"{REJECTED}{reason}")
     n, k = info.shape
     outputs = {f"{module}.{suffix}": spec for suffix, spec in layout.spec(scheme, n, k, info.dtype).items()}
     return Action(QUANTIZE, part, role, outputs, treatment=place)

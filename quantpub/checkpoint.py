@@ -244,8 +244,8 @@ def _state(fd: int) -> tuple[int, int, int]:
 
 def read_slice(source: Source, part: Slice) -> torch.Tensor:
     """One tensor read on its own, in any order (checks and comparisons; quantizing reads a shard front to back)."""
-    raw = torch.empty(part.info.nbytes, dtype=torch.uint8)
-    with source.path(part.shard).open("rb", buffering=0) as f:
+    raw, path = torch.empty(part.info.nbytes, dtype=torch.uint8), source.path(part.shard)
+    with read_errors(path), path.open("rb", buffering=0) as f:
         f.seek(part.info.start)
         view = memoryview(raw.numpy().data)
         while view and (got := f.readinto(view)):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantpub.artifact import Artifact
-from quantpub.errors import InputError
+from quantpub.errors import InputError, QuantpubError
 from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
 from quantpub.shards import DTYPES, TensorInfo, read_header
@@ -29,10 +29,11 @@ class Decoder:
 
     def __init__(self, artifact: Artifact) -> None:
         """Errors: InputError when run.json or the plan is missing or damaged."""
-        run = artifact.read_json("run.json", ("scheme", "layout", "treatments", "source", "stages"))
+        run = artifact.read_json("run.json", ("scheme", "layout", "source", "stages"))
         self.artifact = artifact
-        self.treatments = [Treatment.from_json(entry) for entry in run["treatments"]]
+        self.treatments = _treatments(artifact, run)
         self.actions = plan_lines(artifact)
+        _require_places(artifact, self.actions, len(self.treatments))
         self._modules = {_module(line): line for line in self.actions if line["action"] == "quantize"}
         self._shard = {name: line["shard"] for line in self.actions for name in line["outputs"]}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
@@ -60,6 +61,11 @@ class Decoder:
     def declared(self) -> Config:
         """`quantization_config` as the layouts state it for what the plan says."""
         return declared(self.treatments, {name: self.place(name) for name in self._modules}, self.ignored())
+
+    def metadata(self) -> dict[str, str]:
+        """The entries of every shard's safetensors header, as the layout states them."""
+        modules = {name: (self.treated(name).scheme, self._shape(name)) for name in self._modules}
+        return {"format": "pt", **self.treatments[0].layout.metadata(modules, self.copied())}
 
     def files(self) -> dict[str, Config]:
         """The JSON files that the layouts want beside config.json."""
@@ -130,6 +136,25 @@ class Decoder:
             found = f"{info.dtype} {list(info.shape)}"
             raise InputError(f"tensor {name} is {found}, the plan says {dtype} {list(shape)}", where=where, next=AGAIN)
         return info
+
+
+def _treatments(artifact: Artifact, run: dict[str, Any]) -> list[Treatment]:
+    where = str(artifact.meta / "run.json")
+    if "treatments" not in run:
+        raise InputError("made by an older quantpub, which recorded one scheme for all", where=where, next=AGAIN)
+    try:
+        return [Treatment.from_json(entry) for entry in run["treatments"]]
+    except (KeyError, TypeError, AttributeError, ValueError, QuantpubError) as error:
+        what = f"its treatments cannot be read ({type(error).__name__})"
+        raise InputError(what, where=where, next=AGAIN) from None
+
+
+def _require_places(artifact: Artifact, lines: list[dict[str, Any]], count: int) -> None:
+    """Errors: InputError when a quantized tensor names no treatment of the run."""
+    places = [line["treatment"] for line in lines if line["action"] == "quantize"]
+    if not all(isinstance(place, int) and 0 <= place < count for place in places):
+        what, where = "a quantized tensor names no treatment of the run", str(artifact.meta / "plan.jsonl")
+        raise InputError(what, where=where, next=AGAIN)
 
 
 def _module(line: dict[str, Any]) -> str:

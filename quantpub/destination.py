@@ -58,6 +58,7 @@ class Destination:
         with disk_errors(folder):
             claimed = self._claimed()
         self.complete = claimed and self._is_complete()
+        self._shared: str | None = None
         self._ours = not claimed  # what a former run began is not ours to take back
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
 
@@ -100,8 +101,11 @@ class Destination:
         where = str(self.artifact.path)
         return ConflictError(f"the finished artifact: {what}", where=where, next=f"remove the folder, or {ELSEWHERE}")
 
-    def _kept(self) -> dict[str, dict[str, str]]:
-        """Journal entries whose shard still has its sha256 and whose source shard does: whole files, read now."""
+    def _kept(self, shared: str | None = None) -> dict[str, dict[str, str]]:
+        """Journal entries whose shard still has its sha256 and whose source shard does: whole files, read now.
+
+        shared: where a shard's bytes hang on weights of other shards, the digest of what they share; it too must be as it was.
+        """
         path, source = self.artifact.path, self.plan.checkpoint.source
         return {
             shard: entry
@@ -110,10 +114,11 @@ class Destination:
             and (path / shard).is_file()
             and sha256_file(path / shard) == entry["sha256"]
             and source.sha256(shard) == entry["source_sha256"]
+            and (shared is None or entry.get("shared") == shared)
         }
 
-    def begin(self) -> None:
-        """Make or reopen the folder, and lock it until `unlock` or the end of this process.
+    def begin(self, shared: str | None = None) -> None:
+        """Make or reopen the folder, and lock it until `unlock` or the end of this process. shared: see `_kept`.
 
         Errors: UnavailableError when it cannot be written or the disk has too little room, ConflictError when another
         process is writing there.
@@ -126,7 +131,7 @@ class Destination:
             return
         with disk_errors(self.artifact.path):
             sweep_temporaries(self.artifact.path)
-            kept = self._kept()
+            self._shared, kept = shared, self._kept(shared)
             self._write_journal(kept)
             self._require_room(kept)
         self.artifact.write(f"{META}/run.json", dump_json(self._run()))
@@ -198,6 +203,7 @@ class Destination:
         self.add(shard, {}, 0)  # a shard without tensors is a file too
         assert self._writer is not None
         line = {"shard": shard, "sha256": self._writer.commit(), "source_sha256": source_sha256}
+        line |= {"shared": self._shared} if self._shared else {}
         self._writer = None
         path = self.artifact.meta / "journal.jsonl"
         with disk_errors(path), path.open("a") as f:
@@ -220,9 +226,9 @@ class Destination:
             self.artifact.write(name, self.plan.checkpoint.source.read(name))
         if self.plan.checkpoint.indexed:
             self.artifact.write(INDEX, dump_json(index_json(self.plan)))
-        self.artifact.write("config.json", dump_json(artifact_config(self.plan)))
         for name, content in config_files(self.plan).items():
             self.artifact.write(name, dump_json(content))
+        self.artifact.write("config.json", dump_json(artifact_config(self.plan)))
         facts = summary(self.plan)
         self.artifact.record("quantize", {"device": torch.device(device).type} | {key: facts[key] for key in RECORDED})
 

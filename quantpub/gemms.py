@@ -61,13 +61,24 @@ def engine_gemms(artifact: Artifact, decoder: Decoder) -> list[Gemm]:
         raise InputError(
             f"it has experts, but config.json lacks {TOP_K}", where=where, next="copy config.json from the source model"
         )
-    return group(shapes, FAMILIES[model_type], top_k or 0)
+    rows = {module: decoder.treated(module).scheme.weight.block[0] for module in shapes}
+    return group(shapes, FAMILIES[model_type], top_k or 0, rows)
 
 
-def group(shapes: Shapes, family: Family, top_k: int = 0) -> list[Gemm]:
-    """One entry per distinct (name, N, K), in the order of `shapes`."""
+def group(shapes: Shapes, family: Family, top_k: int = 0, rows: Mapping[str, int] | None = None) -> list[Gemm]:
+    """One entry per distinct (name, N, K), in the order of `shapes`. rows: module → rows of a block that share a scale.
+
+    Members stay apart where a block would hold rows of two: no engine merges those.
+    """
     found: dict[tuple[str, int, int], list[tuple[str, tuple[str, ...]]]] = {}
-    for module, members in fuse(shapes, family).items():
+    places = [
+        place
+        for module, members in fuse(shapes, family).items()
+        for place in (
+            [(module, members)] if whole_blocks(members, shapes, rows or {}) else [(m, (m,)) for m in members]
+        )
+    ]
+    for module, members in places:
         n, k = sum(shapes[member][0] for member in members), shapes[members[0]][1]
         name = EXPERT.sub(".experts.", LAYER.sub("", module))
         found.setdefault((name, n, k), []).append((module, members))
@@ -76,6 +87,11 @@ def group(shapes: Shapes, family: Family, top_k: int = 0) -> list[Gemm]:
         _entry(name if repeated[name] == 1 else f"{name} {n}×{k}", n, k, places, top_k)
         for (name, n, k), places in found.items()
     ]
+
+
+def whole_blocks(members: Sequence[str], shapes: Shapes, rows: Mapping[str, int]) -> bool:
+    """Whether every member that another follows ends with a block."""
+    return all(shapes[m][0] % rows[m] == 0 for m in members[:-1] if rows.get(m, WHOLE) != WHOLE)
 
 
 def _entry(name: str, n: int, k: int, places: Sequence[tuple[str, tuple[str, ...]]], top_k: int) -> Gemm:
@@ -132,4 +148,5 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
 
 def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """torch.cat has no kernel for 8-bit floats everywhere: their bytes are stacked."""
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    flat = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return flat.view(-1, parts[0].shape[1])

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ QUANTIZE, COPY = "quantize", "copy"
 REJECTED = "rejected: "  # begins the reason of an action that no plan may be run with
 FLOATS = ("BF16", "F16", "F32")
 TP_SIZES = (1, 2, 4, 8)
-ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|w2)$")  # their K is cut by tensor parallelism, the others' N
 
 
 @dataclass(frozen=True)
@@ -228,8 +226,10 @@ def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
 def unmatched(plan: Plan) -> list[str]:
     """Entries of the recipe's `ignore` that name nothing here; a tied head is no tensor, so `lm_head` may."""
     modules = [action.module for action in plan.actions]
-    entries = [entry for entry in plan.recipe.ignore if entry != "lm_head"] + [rule.match for rule in plan.recipe.rules]
-    return [entry for entry in entries if not any(ignores((entry,), module) for module in modules)]
+    entries = [entry for entry in plan.recipe.ignore if entry != "lm_head"]
+    used = {action.treatment for action in plan.actions}
+    idle = [rule.match for place, rule in enumerate(plan.recipe.rules, 1) if place not in used]
+    return [entry for entry in entries if not any(ignores((entry,), module) for module in modules)] + idle
 
 
 def _ignored(shards: Mapping[str, Sequence[Action]]) -> tuple[str, ...]:
@@ -315,9 +315,11 @@ def _cut(plan: Plan, action: Action, size: int, followed: bool) -> str | None:
     multiples = treatment.layout.tp_multiple(treatment.scheme)
     if multiples is None:
         return None if size == 1 else f"no engine cuts layout {treatment.layout.name}"
-    side, multiple, name = (k, multiples[1], "in") if ROW_PARALLEL.search(action.module) else (n, multiples[0], "out")
-    if (size > 1 or name == "in" or followed) and (side % size or side // size % multiple):
-        return f"{action.module}: {side} {name}_features / {size} is not a multiple of {multiple}"
+    cut = plan.family.cut(action.module)
+    side, multiple, name = (k, multiples[1], "in") if cut == "in" else (n, multiples[0], "out")
+    parts = size if cut else 1
+    if (parts > 1 or name == "in" or followed) and (side % parts or side // parts % multiple):
+        return f"{action.module}: {side} {name}_features / {parts} is not a multiple of {multiple}"
     return None
 
 

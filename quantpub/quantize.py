@@ -18,7 +18,8 @@ import torch
 from quantpub.algorithms.base import Algorithm
 from quantpub.checkpoint import ShardReader
 from quantpub.destination import Destination
-from quantpub.errors import InputError, QuantpubError, UsageError
+from quantpub.errors import InputError, QuantpubError, UnavailableError, UsageError
+from quantpub.files import sha256_json
 from quantpub.fused import fused_amax
 from quantpub.memory import keep_freed_memory
 from quantpub.plan import COPY, WORKERS, Action, Plan, require_runnable
@@ -64,11 +65,12 @@ def quantize(
         require_runnable(plan)
     destinations = [Destination(plan, out if len(plans) == 1 else out / plan.layout.name) for plan in plans]
     todo = [destination for destination in destinations if not destination.complete]
+    amax = fused_amax(plans[0]) if todo else {}
     try:
         for destination in todo:
-            destination.begin()
+            destination.begin(sha256_json(amax) if amax else None)
         if unfinished := [destination for destination in todo if not destination.complete]:
-            _run(unfinished, device, progress)
+            _run(unfinished, device, amax, progress)
     except InputError:
         for destination in todo:
             destination.remove()
@@ -83,11 +85,11 @@ def quantize(
     return [destination.report(changed=destination in todo) for destination in destinations]
 
 
-def _run(todo: Sequence[Destination], device: str, progress: Progress) -> None:
+def _run(todo: Sequence[Destination], device: str, amax: Mapping[str, float], progress: Progress) -> None:
     """The straight line: read → compute → write, then everything that is not weights."""
     keep_freed_memory()
     read = background(_read(todo), lambda piece: piece.nbytes, AHEAD)
-    made = background(_compute(todo, read, device), lambda piece: piece.nbytes, AHEAD)
+    made = background(_compute(todo, read, device, amax), lambda piece: piece.nbytes, AHEAD)
     with contextlib.closing(made):  # each stage closes the one before it, in its own thread
         _write(todo, made, progress)
     for destination in todo:
@@ -107,11 +109,12 @@ def _read(todo: Sequence[Destination]) -> Generator[Piece, None, None]:
         yield Piece(shard, None, source_sha256=reader.finish())
 
 
-def _compute(todo: Sequence[Destination], pieces: Iterable[Piece], device: str) -> Generator[Piece, None, None]:
+def _compute(
+    todo: Sequence[Destination], pieces: Iterable[Piece], device: str, amax: Mapping[str, float]
+) -> Generator[Piece, None, None]:
     """Several tensors at a time, one thread each: threads on one tensor lose at every barrier while other stages run."""
     plan = todo[0].plan
     bound = [plan.recipe.bind(treatment.algorithm, treatment.scheme) for treatment in plan.treatments]
-    amax = fused_amax(plan)
     workers, threads = (WORKERS if device == "cpu" else 1), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -141,6 +144,7 @@ def _made(
         assert action.treatment is not None
         algorithm, params = bound[action.treatment]
         stats = Stats(group_amax=amax.get(action.module))
+        _require_as_found(plan, piece.shard, piece.data, stats)
         q = algorithm.quantize(piece.data.to(device), stats, plan.treatments[action.treatment].scheme, params)
         outputs = tuple((destination, _packed(destination, action, q)) for destination in needing)
     return replace(piece, data=None, outputs=outputs, source_bytes=piece.data.nbytes)
@@ -150,6 +154,14 @@ def _packed(destination: Destination, action: Action, q: QTensor) -> dict[str, m
     assert action.treatment is not None
     layout = destination.plan.treatments[action.treatment].layout
     return {f"{action.module}.{suffix}": raw_bytes(tensor) for suffix, tensor in layout.pack(q).items()}
+
+
+def _require_as_found(plan: Plan, shard: str, data: torch.Tensor, stats: Stats) -> None:
+    """What was found for merged weights before the first was quantized still holds. Errors: UnavailableError."""
+    if stats.group_amax is not None and float(data.abs().amax()) > stats.group_amax:
+        advice = "keep the source unchanged and run the same command again"
+        where = plan.checkpoint.source.where(shard)
+        raise UnavailableError("the file changed while it was read", where=where, next=advice)
 
 
 _INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}

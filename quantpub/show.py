@@ -47,7 +47,7 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
     for degree, verdict in facts["tensor_parallel"].items():
         out.line(f"  tensor parallel  {degree}: {verdict}")
     for entry in facts["ignore_unmatched"]:
-        out.line(f"  ignore           {entry} matches nothing")
+        out.line(f"  no effect        {entry} matches nothing that is quantized")
     if facts["left_behind"]:
         out.line(f"  left behind      {', '.join(facts['left_behind'])}")
     for names, reason in alike(facts["rejected"]):

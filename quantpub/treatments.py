@@ -40,19 +40,21 @@ def make_treatments(recipe: Recipe, layout_name: str) -> tuple[Treatment, ...]:
     Errors: InputError when no layout of that method holds a rule's scheme.
     """
     layout: Layout = load(LAYOUTS, "layout", layout_name)
-    treatments = [Treatment(recipe.resolved_scheme(), recipe.algorithm, layout)]
+    own = recipe.resolved_scheme()
+    treatments = [Treatment(own, recipe.algorithm, layout)]
     for rule in recipe.rules:
         scheme = rule.resolved_scheme()
-        treatments.append(Treatment(scheme, rule.algorithm or recipe.algorithm, _beside(layout, scheme, recipe.name)))
+        held = layout if scheme == own else _beside(layout, scheme, recipe.name)
+        treatments.append(Treatment(scheme, rule.algorithm or recipe.algorithm, held))
     return tuple(treatments)
 
 
 def _beside(layout: Layout, scheme: Scheme, recipe: str) -> Layout:
-    """The layout in which a weight of `scheme` can stand in the same checkpoint as those of `layout`."""
-    side = 1024  # any layout holds a weight of this shape, if it holds the scheme at all
+    """The layout in which a weight of another `scheme` can stand in the same checkpoint as those of `layout`."""
+    n, k = 1024, 1024 * max(1, scheme.group_size)  # any layout holds such a weight, if it holds the scheme at all
     mixing: list[Layout] = [] if layout.group is None else [load(LAYOUTS, "layout", name) for name in LAYOUTS]
-    for other in (layout, *(each for each in mixing if each.method == layout.method and each.group)):
-        if not other.reject(scheme, side, side, "BF16"):
+    for other in sorted((each for each in mixing if each.method == layout.method), key=lambda each: each is not layout):
+        if not other.reject(scheme, n, k, "BF16"):
             return other
     raise InputError(
         f"a checkpoint in layout {layout.name} cannot hold weights of scheme {scheme.name}",
@@ -79,7 +81,7 @@ def declared(treatments: Sequence[Treatment], treated: Mapping[str, int], ignore
     """
     used = sorted(set(treated.values())) or [0]
     first = treatments[used[0]]
-    if len(used) == 1:
+    if len({(treatments[place].scheme, treatments[place].layout.name) for place in used}) == 1:
         return first.layout.config(first.scheme, ignored)
     groups = []
     for place in used:

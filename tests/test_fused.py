@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEMO_MODEL, make_artifact, save_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import open_checkpoint
@@ -71,3 +72,41 @@ def test_the_artifact_is_the_same_after_an_interruption(tmp_path: Path) -> None:
     make_artifact(model, "nvfp4a16", half, "ct-nvfp4")
     for shard in whole.glob("*.safetensors"):
         assert (half / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_resumed_run_does_not_keep_a_shard_that_shared_another_scale(tmp_path: Path) -> None:
+    """q changes, beyond what sampled blocks see, after the shard with k and v was finished: that shard is made again."""
+    model = save_llama(tmp_path / "m", shards=1)
+    (model / "model.safetensors.index.json").unlink()
+    tensors = load_file(next(model.glob("*.safetensors")))
+    next(model.glob("*.safetensors")).unlink()
+    q = "model.layers.0.self_attn.q_proj.weight"
+    shards = {"a.safetensors": {n: t for n, t in tensors.items() if n != q}, "b.safetensors": {q: tensors[q]}}
+    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for shard, held in shards.items():
+        save_file(held, model / shard, metadata={"format": "pt"})
+    part = make_artifact(model, "nvfp4a16", tmp_path / "part", "ct-nvfp4")
+    journal, run = part / ".quantpub" / "journal.jsonl", part / ".quantpub" / "run.json"
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])  # interrupted after a.safetensors
+    for name in ("b.safetensors", "config.json", ".quantpub/SHA256SUMS"):
+        (part / name).unlink()
+    tensors[q][77, 33] = 8.0
+    save_file({q: tensors[q]}, model / "b.safetensors", metadata={"format": "pt"})
+    plan = make_plan(open_checkpoint(str(model)), load_recipe("nvfp4a16"), "ct-nvfp4")
+    run.write_text(
+        json.dumps(json.loads(run.read_text()) | {"digest": plan.digest()})
+    )  # as sampled blocks would have it
+    make_artifact(model, "nvfp4a16", part, "ct-nvfp4")
+    whole = make_artifact(model, "nvfp4a16", tmp_path / "whole", "ct-nvfp4")
+    for made in whole.glob("*.safetensors"):
+        assert (part / made.name).read_bytes() == made.read_bytes(), made.name
+
+
+def test_a_weight_that_grew_since_the_first_look_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantpub.errors import UnavailableError
+
+    found = fused_amax(make_plan(open_checkpoint(str(DEMO_MODEL)), load_recipe("nvfp4a16"), "ct-nvfp4"))
+    monkeypatch.setattr("quantpub.quantize.fused_amax", lambda plan: {name: value / 2 for name, value in found.items()})
+    with pytest.raises(UnavailableError, match="changed while it was read"):
+        make_artifact(DEMO_MODEL, "nvfp4a16", tmp_path / "a", "ct-nvfp4")

@@ -125,7 +125,8 @@ def test_a_planted_failure_is_caught_by_its_rule(case: str, artifact: Path) -> N
 
 
 def test_every_rule_has_a_planted_failure() -> None:
-    assert set().union(*(rules for _, rules in PLANTED.values())) | {"index"} == set(RULES)
+    """`index` below, `merged` in test_verify_layouts."""
+    assert set().union(*(rules for _, rules in PLANTED.values())) | {"index", "merged"} == set(RULES)
 
 
 def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows under rows. By their bytes: torch.cat has no kernel for 8-bit floats everywhere."""
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    flat = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return flat.view(-1, parts[0].shape[1])
 
 
 def nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,9 @@ RULES = {
     "copies": Entry(
         "quantpub.verify.source:copies", "tensors that were not quantized are byte-identical to the source"
     ),
+    "merged": Entry(
+        "quantpub.verify.merged:merged", "linears that engines merge have one scheme, and share what engines keep once"
+    ),
     "values": Entry(
         "quantpub.verify.values:values",
         "every tensor dequantized: scales finite, error against the source under the floor",

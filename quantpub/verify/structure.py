@@ -64,6 +64,10 @@ def tensors(subject: Subject) -> Finding:
     problems += [
         f"{name} is {found[name]}, expected {spec}" for name, spec in expected.items() if found.get(name, spec) != spec
     ]
+    metadata = decoder.metadata()
+    for shard in dict.fromkeys(line["shard"] for line in decoder.actions):
+        if read_header(subject.artifact.path / shard)[1] != metadata:
+            problems.append(f"the header of {shard} lacks entries that loaders of this layout read, or has others")
     return first(problems, f"{len(found)} tensors, {len(decoder.modules())} quantized modules")
 
 
@@ -123,7 +127,8 @@ def bits(subject: Subject) -> Finding:
         else []
     )
     problems += [f"{size} bytes on disk, {record['output_bytes']} declared"] if size != record["output_bytes"] else []
-    bits_of_code = min(treatment.scheme.weight.number.bits for treatment in subject.decoder.treatments)
+    used = [subject.decoder.treated(module).scheme.weight.number.bits for module, _ in subject.decoder.modules()]
+    bits_of_code = min(used, default=0)
     if actual is not None and actual < bits_of_code:
         problems.append(f"{actual} bits a weight cannot hold {bits_of_code}-bit codes")
     return first(problems, f"{actual} bits a quantized weight, {record['bits_per_weight']} over all parameters")

@@ -12,7 +12,7 @@ import statistics
 import torch
 
 from quantpub.checkpoint import read_slice
-from quantpub.qtensor import QTensor, dequantize
+from quantpub.qtensor import QTensor, dequantize, same_bits
 from quantpub.verify.base import Finding, Subject, first, passed
 from quantpub.verify.source import NO_SOURCE, source_parts
 
@@ -27,6 +27,7 @@ def values(subject: Subject) -> Finding:
     problems, measured, floors = [], {}, {}
     for done, (module, _) in enumerate(modules, 1):
         q = subject.decoder.qtensor(module)
+        problems += [f"{module}.{suffix}: {reason}" for suffix, reason in altered(subject, module, q)]
         floor = floors[module] = FLOORS_DB[q.scheme.weight.num]
         if reason := unsound(q):
             problems.append(f"{module}: {reason}")
@@ -45,6 +46,20 @@ def values(subject: Subject) -> Finding:
         f"{len(measured)} tensors, SQNR {min(measured.values(), default=0):.1f} dB or more, "
         f"floor {' and '.join(f'{value:g}' for value in sorted(set(floors.values())))} dB",
     )
+
+
+def altered(subject: Subject, module: str, q: QTensor) -> list[tuple[str, str]]:
+    """Tensors on disk that are not what the layout makes of this weight: what `unpack` does not read, engines may."""
+    try:
+        due = subject.decoder.treated(module).layout.pack(q)
+    except AssertionError as error:
+        return [("*", f"the layout cannot hold what was read ({error})")]
+    found = subject.decoder.packed(module)
+    return [
+        (suffix, "is not what the layout makes of the weight's codes and scales")
+        for suffix in due
+        if not same_bits(found.get(suffix), due[suffix].to(found[suffix].device))
+    ]
 
 
 def unsound(q: QTensor) -> str | None:

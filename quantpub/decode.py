@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from quantpub.artifact import Artifact
-from quantpub.errors import InputError, QuantpubError
+from quantpub.errors import InputError, QuantpubError, closest
+from quantpub.families import FAMILIES, Family
 from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
 from quantpub.shards import DTYPES, TensorInfo, read_header
@@ -56,7 +57,18 @@ class Decoder:
 
     def ignored(self) -> tuple[str, ...]:
         """Every Linear that stays in high precision, by its full name."""
-        return unquantized((_module(line), line["role"]) for line in self.actions if line["action"] != "quantize")
+        copied = ((_module(line), line["role"]) for line in self.actions if line["action"] != "quantize")
+        return unquantized(copied, self.family())
+
+    def family(self) -> Family:
+        """Errors: InputError when config.json names no known architecture."""
+        model_type = self.artifact.config().get("model_type")
+        if model_type not in FAMILIES:
+            where = str(self.artifact.path / "config.json")
+            raise InputError(
+                f"unknown architecture {model_type!r}", where=where, next=closest(str(model_type), FAMILIES)
+            )
+        return FAMILIES[model_type]
 
     def declared(self) -> Config:
         """`quantization_config` as the layouts state it for what the plan says."""

@@ -102,6 +102,8 @@ class Family:
 
     packed_experts: suffix of a 3-D expert parameter [E, members*N, K] → the 2-D linears it holds, in row order.
     keep: (regex of the whole module name, why that linear stays in high precision unless a rule names it).
+    row_parallel, replicated: regexes of the whole module name of linears whose K tensor parallelism cuts, and of those
+    that every GPU holds whole; it cuts the N of the others. As vLLM 0.25.1 has them.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Family:
     fused: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FUSED))
     packed_experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     keep: Patterns = ()
+    row_parallel: str = r".*\.(o_proj|down_proj|w2)"
+    replicated: str = ""
 
     def role(self, tensor: str) -> str | None:
         """The role of a tensor, or None when this family does not know it."""
@@ -117,6 +121,12 @@ class Family:
     def kept(self, module: str) -> str | None:
         """Why the linear stays in high precision by default, or None."""
         return next((reason for pattern, reason in self.keep if _compiled(pattern).fullmatch(module)), None)
+
+    def cut(self, module: str) -> str | None:
+        """Which features of the linear tensor parallelism shares out, `in` (K) or `out` (N), or None: it cuts neither."""
+        if _compiled(self.replicated).fullmatch(module):
+            return None
+        return "in" if _compiled(self.row_parallel).fullmatch(module) else "out"
 
     def expert_members(self, tensor: str) -> tuple[str, ...]:
         """The linears inside a 3-D expert parameter; empty for every other tensor."""
@@ -163,6 +173,7 @@ _STARCODER = Family(
         (_LAYER + r"mlp\.c_(fc|proj)\.bias", BIAS),
     ),
     fused=_QKV,
+    row_parallel=r".*\.(o_proj|c_proj)",
 )
 _HUNYUAN = Family(
     "hunyuan",
@@ -182,6 +193,7 @@ _DEEPSEEK = Family(
     fused={"gate_up_proj": _FUSED["gate_up_proj"], "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")},
     packed_experts=_PACKED,
     keep=_ABSORBED,
+    replicated=r".*\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)",
 )
 _QWEN_NEXT = Family(
     "qwen-next",
@@ -189,6 +201,7 @@ _QWEN_NEXT = Family(
     fused=_FUSED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")},
     packed_experts=_PACKED,
     keep=_FORGET_GATES,
+    row_parallel=r".*\.(o_proj|out_proj|down_proj)",
 )
 
 # model_type of config.json → family

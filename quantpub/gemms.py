@@ -18,8 +18,8 @@ import torch
 
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
-from quantpub.errors import InputError, closest
-from quantpub.families import FAMILIES, Family
+from quantpub.errors import InputError
+from quantpub.families import Family
 from quantpub.qtensor import QTensor, same_bits
 from quantpub.scheme import WHOLE
 
@@ -51,10 +51,7 @@ class Gemm:
 
 def engine_gemms(artifact: Artifact, decoder: Decoder) -> list[Gemm]:
     """The artifact's quantized GEMMs. Errors: InputError when config.json does not say what they need."""
-    config, where = artifact.config(), str(artifact.path / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise InputError(f"unknown architecture {model_type!r}", where=where, next=closest(str(model_type), FAMILIES))
+    config, where, family = artifact.config(), str(artifact.path / "config.json"), decoder.family()
     shapes = dict(decoder.modules())
     top_k = config.get(TOP_K)
     if top_k is None and any(EXPERT.search(module) for module in shapes):
@@ -62,7 +59,7 @@ def engine_gemms(artifact: Artifact, decoder: Decoder) -> list[Gemm]:
             f"it has experts, but config.json lacks {TOP_K}", where=where, next="copy config.json from the source model"
         )
     rows = {module: decoder.treated(module).scheme.weight.block[0] for module in shapes}
-    return group(shapes, FAMILIES[model_type], top_k or 0, rows)
+    return group(shapes, family, top_k or 0, rows)
 
 
 def group(shapes: Shapes, family: Family, top_k: int = 0, rows: Mapping[str, int] | None = None) -> list[Gemm]:

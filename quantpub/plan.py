@@ -139,8 +139,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
         for shard in checkpoint.shards
     }
     rejections |= mixed(shards, family)
-    plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards), rejections)
+    plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards, family), rejections)
     _check_outputs_once(plan)
+    rejections |= _unserved(plan)
     return plan
 
 
@@ -219,6 +220,8 @@ def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
         return f"shape {list(part.info.shape)} is not a matrix"
     if part.info.dtype not in FLOATS:
         return f"dtype {part.info.dtype} is not one of {', '.join(FLOATS)}"
+    if (act := scheme.act) and (act.global_scale or not act.dynamic):
+        return f"{scheme.name} needs calibrated scales of activations, which this version cannot find"
     n, k = part.info.shape
     return layout.reject(scheme, n, k, part.info.dtype) if n and k else f"shape {[n, k]} is empty"
 
@@ -232,8 +235,8 @@ def unmatched(plan: Plan) -> list[str]:
     return [entry for entry in entries if not any(ignores((entry,), module) for module in modules)] + idle
 
 
-def _ignored(shards: Mapping[str, Sequence[Action]]) -> tuple[str, ...]:
-    return unquantized((a.module, a.role) for actions in shards.values() for a in actions if a.kind == COPY)
+def _ignored(shards: Mapping[str, Sequence[Action]], family: Family) -> tuple[str, ...]:
+    return unquantized(((a.module, a.role) for actions in shards.values() for a in actions if a.kind == COPY), family)
 
 
 def _check_outputs_once(plan: Plan) -> None:
@@ -247,11 +250,57 @@ def _check_outputs_once(plan: Plan) -> None:
 
 
 def _no_engine(module: str, treatment: Treatment, recipe: Recipe, chosen: Layout) -> str | None:
-    """Why none of the engines that the recipe wants this layout for would load the weight."""
-    wanted = [engine for engine, name in recipe.engines.items() if name == chosen.name]
+    """Why none of the engines in question would load the weight."""
     experts = EXPERT.search(f"{module}.") is not None
-    reasons = [unloadable(engine, treatment.layout.name, treatment.scheme.name, experts) for engine in wanted]
+    names = advice.in_question(recipe.engines, chosen.name)
+    reasons = [unloadable(engine, treatment.layout.name, treatment.scheme.name, experts) for engine in names]
     return reasons[0] if reasons and all(reasons) else None
+
+
+def engines_of(plan: Plan) -> dict[str, str | None]:
+    """Engine → why it cannot load this plan's checkpoint, or None.
+
+    In question are the engines that the recipe gives the layout; of a layout that it gives none, all.
+    """
+    shapes, treated = _quantized(plan)
+    multiples = {module: t.layout.tp_multiple(t.scheme) or (1, 1) for module, t in treated.items()}
+    apart = advice.unmerged(shapes, {module: rows for module, (rows, _) in multiples.items()}, plan.family)
+    names, found = advice.in_question(plan.recipe.engines, plan.layout.name), merged_weights(plan)
+    return {engine: advice.refusal(engine, found, apart) for engine in names}
+
+
+def merged_weights(plan: Plan) -> list[advice.Weight]:
+    """The quantized weights as engines multiply by them."""
+    shapes, treated = _quantized(plan)
+    return advice.weights(shapes, {module: (t.scheme, t.layout.name) for module, t in treated.items()}, plan.family)
+
+
+def _quantized(plan: Plan) -> tuple[dict[str, tuple[int, int]], dict[str, Treatment]]:
+    """module → (n, k), and module → its treatment, of every quantized weight."""
+    actions = [(a, a.treatment) for a in plan.actions if a.treatment is not None]
+    shapes = {a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a, _ in actions}
+    return shapes, {a.module: plan.treatments[place] for a, place in actions}
+
+
+def _unserved(plan: Plan) -> dict[str, str]:
+    """tensor → reason, where no engine in question loads the checkpoint though each weight alone has one that would."""
+    refusals = list(engines_of(plan).values())
+    if plan.rejections or not refusals or not all(refusals):
+        return {}
+    return {a.part.name: str(refusals[0]) for a in plan.actions if a.kind == QUANTIZE}
+
+
+def require_engines(plan: Plan, asked: Sequence[str]) -> None:
+    """Errors: InputError when an engine that was asked for by name cannot load what would be written for it."""
+    refusals = {} if plan.rejections else engines_of(plan)
+    for engine in asked:
+        if (reason := refusals.get(engine)) and plan.recipe.engines.get(engine) == plan.layout.name:
+            others = [name for name, why in refusals.items() if why is None]
+            raise InputError(
+                f"{engine} cannot load it: {reason}",
+                where=f"recipe {plan.recipe.name}, layout {plan.layout.name}",
+                next=f"without --engine {engine} it is written for {' and '.join(others)}; or choose another recipe",
+            )
 
 
 def require_runnable(plan: Plan) -> None:
@@ -318,7 +367,7 @@ def _cut(plan: Plan, action: Action, size: int, followed: bool) -> str | None:
     cut = plan.family.cut(action.module)
     side, multiple, name = (k, multiples[1], "in") if cut == "in" else (n, multiples[0], "out")
     parts = size if cut else 1
-    if (parts > 1 or name == "in" or followed) and (side % parts or side // parts % multiple):
+    if (parts > 1 or (name == "out" and followed)) and (side % parts or side // parts % multiple):
         return f"{action.module}: {side} {name}_features / {parts} is not a multiple of {multiple}"
     return None
 
@@ -330,19 +379,16 @@ def summary(plan: Plan) -> dict[str, Any]:
     packed = sum(tensor_bytes(*spec) for action in quantized for spec in action.outputs.values())
     parameters = sum(math.prod(action.part.info.shape) for action in plan.actions)
     output = sum(plan.shard_bytes(shard) for shard in plan.shards)
-    stored = {a.module: plan.treatments[a.treatment] for a in quantized if a.treatment is not None}
-    merged = advice.weights(
-        {a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a in quantized},
-        {module: (treatment.scheme, treatment.layout.name) for module, treatment in stored.items()},
-        plan.family,
-    )
-    engines = advice.engines(plan.recipe.engines, plan.layout.name, plan.scheme.name)
-    algorithms = {treatment.algorithm["name"] for treatment in stored.values()}
+    merged, refusals = merged_weights(plan), engines_of(plan)
+    engines = [engine for engine, reason in refusals.items() if reason is None]
+    used = [plan.treatments[place] for place in sorted({a.treatment for a in quantized if a.treatment is not None})]
     return {
         "model": plan.checkpoint.source.identity(),
         "recipe": plan.recipe.name,
         "scheme": plan.scheme.name,
         "layout": plan.layout.name,
+        "schemes": list(dict.fromkeys(treatment.scheme.name for treatment in used)),
+        "engines": {engine: reason or "ok" for engine, reason in refusals.items()},
         "shards": len(plan.shards),
         "tensors": len(plan.actions),
         "quantized": len(quantized),
@@ -360,7 +406,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "companions": list(plan.checkpoint.companions),
         "left_behind": [name for name in plan.checkpoint.left_behind if name != INDEX],
         "kernels": advice.kernels(merged, engines),
-        "notes": advice.notes(advice.case(merged, algorithms, engines)),
+        "notes": advice.notes(advice.case(merged, [treatment.algorithm for treatment in used], engines)),
     }
 
 

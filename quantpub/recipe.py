@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from quantpub.algorithms import ALGORITHMS
 from quantpub.errors import InputError, QuantpubError, UsageError, closest
@@ -52,7 +61,7 @@ def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
 
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_valid_pattern)]
-GroupSize = Annotated[int | None, AfterValidator(_sensible_group)]
+GroupSize = Annotated[StrictInt | None, AfterValidator(_sensible_group)]
 
 
 class Gate(BaseModel):

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantpub.errors import InputError
-from quantpub.families import HEAD, LINEAR, ROUTER
+from quantpub.families import HEAD, LINEAR, ROUTER, Family
 from quantpub.layouts import LAYOUTS
-from quantpub.layouts.base import Layout, ct_config
+from quantpub.layouts.base import CT, Layout, ct_config
 from quantpub.recipe import Recipe
 from quantpub.registry import load
 from quantpub.scheme import Scheme
+
+ASKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,31 @@ def natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def unquantized(copied: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Of (module, role): every Linear in high precision by its full name; `lm_head` also where it is tied."""
+def unquantized(copied: Iterable[tuple[str, str]], family: Family) -> tuple[str, ...]:
+    """Of (module, role): every Linear in high precision by its full name; `lm_head` also where it is tied.
+
+    Where all members of a merged linear stay, its own name too: several engines look for no other.
+    """
     found = {module for module, role in copied if role in (LINEAR, ROUTER, HEAD)}
-    return tuple(sorted(found | {"lm_head"}, key=natural))
+    merged = {
+        f"{prefix}.{whole}"
+        for prefix in {module.rpartition(".")[0] for module in found}
+        for whole, members in family.fused.items()
+        if len(members) > 1 and all(f"{prefix}.{member}" in found for member in members)
+    }
+    return tuple(sorted(found | merged | {"lm_head"}, key=natural))
 
 
 def declared(treatments: Sequence[Treatment], treated: Mapping[str, int], ignored: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of modules → place in `treatments`.
 
     Where there is more than one, each group names its modules in full: a class name would come before the members of a
-    merged module in SGLang's order of lookup, and after them in vLLM's.
+    merged module in SGLang's order of lookup, and after them in vLLM's. Experts are named as vLLM asks for them, too.
     """
     used = sorted(set(treated.values())) or [0]
     first = treatments[used[0]]
+    if first.layout.method == CT:
+        ignored = [*ignored, *_asked(ignored)]
     if len({(treatments[place].scheme, treatments[place].layout.name) for place in used}) == 1:
         return first.layout.config(first.scheme, ignored)
     groups = []
@@ -88,7 +101,8 @@ def declared(treatments: Sequence[Treatment], treated: Mapping[str, int], ignore
         treatment = treatments[place]
         assert treatment.layout.group is not None, "`_beside` lets only layouts mix that have groups"
         names = [module for module, at in treated.items() if at == place]
-        groups.append(treatment.layout.group(treatment.scheme) | {"targets": targets(names, treated)})
+        entries = targets(names, treated) + targets(_asked(names), _asked(treated))
+        groups.append(treatment.layout.group(treatment.scheme) | {"targets": entries})
     return ct_config(groups, ignored)
 
 
@@ -103,6 +117,15 @@ def targets(names: Sequence[str], others: Collection[str]) -> list[str]:
         whole = counts[form] == len(members)
         entries += [f"re:^{form}$"] if whole and len(members) > 1 else sorted(members, key=natural)
     return entries
+
+
+def _asked(names: Iterable[str]) -> list[str]:
+    """What vLLM calls experts named w1, w2 and w3 when it looks up the scheme of a layer's: it asks for those of expert 0.
+
+    What it does not find is left in high precision without a word; what it finds is loaded as quantized.
+    """
+    parts = (name.rpartition(".") for name in names)
+    return [f"{path}.{ASKED[leaf]}" for path, _, leaf in parts if path.endswith(".experts.0") and leaf in ASKED]
 
 
 def _form(name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from quantpub.checkpoint import open_checkpoint
 from quantpub.families import BUFFER, EMBEDDING, FAMILIES, HEAD, LINEAR, NORM, REFUSED, ROUTER
 from quantpub.gemms import EXPERT, fuse
-from quantpub.plan import QUANTIZE, make_plan
+from quantpub.plan import QUANTIZE, make_plan, tensor_parallel
 from quantpub.recipe import load_recipe
 
 EXPERTS, TOP_K, LAYERS = 4, 2, 4
@@ -250,3 +250,89 @@ def test_packed_experts_on_disk_become_linears_in_the_new_families_too(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
     plan = make_plan(open_checkpoint(str(tmp_path)), load_recipe("fp8-dynamic"), "ct-float")
     assert Counter(action.kind for action in plan.actions) == {QUANTIZE: 6}
+
+
+# Leaves of a family's linears as vLLM 0.25.1's model files build them: RowParallelLinear, and ReplicatedLinear or without
+# tensor parallelism (fused_qkv_a_proj); down_proj and w2 of experts are cut along K too. The others are column parallel.
+ROW_PARALLEL = {
+    "starcoder2": {"o_proj", "c_proj"},
+    "phi3": {"o_proj", "down_proj"},
+    "mixtral": {"o_proj", "w2"},
+    "phimoe": {"o_proj", "w2"},
+    "minimax_m2": {"o_proj", "w2"},
+    "qwen3_next": {"o_proj", "down_proj", "out_proj"},
+    "qwen3_5_text": {"o_proj", "down_proj", "out_proj"},
+    "qwen3_5_moe_text": {"o_proj", "down_proj", "out_proj"},
+}
+_MLA_DOWN = {"q_a_proj", "kv_a_proj_with_mqa"}
+REPLICATED = {"deepseek_v2": _MLA_DOWN, "deepseek_v3": _MLA_DOWN, "glm4_moe_lite": _MLA_DOWN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_tensor_parallelism_cuts_what_vllm_cuts(model_type: str, tiny: Tiny) -> None:
+    _, shapes, _ = tiny(model_type)
+    family = FAMILIES[model_type]
+    cuts: dict[str | None, set[str]] = {"in": set(), "out": set(), None: set()}
+    for name in shapes:
+        if family.role(name) == LINEAR:
+            module = name.removesuffix(".weight")
+            cuts[family.cut(module)].add(module.rpartition(".")[2])
+    assert cuts["in"] == ROW_PARALLEL.get(model_type, {"o_proj", "down_proj"})
+    assert cuts[None] == REPLICATED.get(model_type, set())
+    assert cuts["out"].isdisjoint(cuts["in"] | cuts[None])
+
+
+def test_tensor_parallelism_is_as_transformers_plans_it() -> None:
+    """But for the delta net, whose projections transformers gathers: vLLM cuts the K of its out_proj."""
+    from transformers import AutoConfig
+
+    styles = {"colwise": "out", "colwise_gather_output": "out", "rowwise": "in", "rowwise_split_input": "in"}
+    styles |= {"mla_kv_a_proj": None}  # type: ignore[dict-item]
+    seen = Counter[str]()
+    for model_type, family in FAMILIES.items():
+        for name, style in (AutoConfig.for_model(model_type).base_model_tp_plan or {}).items():
+            module = "model." + name.replace("*", "0")
+            if family.role(f"{module}.weight") == LINEAR and ".linear_attn." not in module:
+                assert family.cut(module) == styles[style], (model_type, module)
+                seen[model_type] += 1
+    # their plans name no linear of these, whose experts are 3-D parameters there
+    assert set(FAMILIES) - set(seen) == {"hunyuan_v1_dense", "hunyuan_v1_moe", "phimoe"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "shape", "reasons"),
+    [
+        ("starcoder2", "mlp.c_proj", (128, 384), {2: "384 in_features / 2", 4: "384 in_features / 4"}),
+        ("starcoder2", "mlp.c_fc", (384, 128), {}),
+        ("qwen3_next", "linear_attn.out_proj", (128, 384), {2: "384 in_features / 2", 4: "384 in_features / 4"}),
+        ("deepseek_v3", "self_attn.q_a_proj", (6, 128), {}),
+        ("deepseek_v3", "self_attn.kv_a_proj_with_mqa", (6, 128), {}),
+        ("deepseek_v3", "self_attn.q_b_proj", (6, 128), {4: "6 out_features / 4"}),
+        ("mixtral", "block_sparse_moe.experts.0.w2", (128, 384), {2: "384 in_features / 2", 4: "384 in_features / 4"}),
+    ],
+)
+def test_the_verdict_on_tensor_parallelism(
+    model_type: str, module: str, shape: tuple[int, int], reasons: dict[int, str], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({f"model.layers.0.{module}.weight": torch.zeros(shape).bfloat16()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_experts_per_tok": 1}))
+    verdicts = tensor_parallel(make_plan(open_checkpoint(str(tmp_path)), load_recipe("w4a16"), "ct-pack"))
+    for size in (1, 2, 4):
+        assert (verdicts[size] is None) == (size not in reasons), verdicts
+        assert reasons.get(size, "") in str(verdicts[size])
+
+
+def test_what_every_gpu_holds_whole_is_whole_blocks_where_it_is_merged(tmp_path: Path) -> None:
+    """Zeros are packed 8 rows to a word: q_a_proj, which kv_a_proj_with_mqa follows, needs whole words on any number of GPUs."""
+    from safetensors.torch import save_file
+
+    at = "model.layers.0.self_attn."
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    for rows, verdict in ((136, None), (132, f"{at}q_a_proj: 132 out_features / 1 is not a multiple of 8")):
+        tensors = {f"{at}q_a_proj.weight": (rows, 128), f"{at}kv_a_proj_with_mqa.weight": (12, 128)}
+        save_file({n: torch.zeros(shape).bfloat16() for n, shape in tensors.items()}, tmp_path / "model.safetensors")
+        plan = make_plan(open_checkpoint(str(tmp_path)), load_recipe("w4a16-asym"), "ct-pack")
+        assert tensor_parallel(plan) == dict.fromkeys((1, 2, 4, 8), verdict)

@@ -105,7 +105,8 @@ def test_lossless_or_rejected(
     layout, scheme = layout_of(layout_name), preset(scheme_name, group)
     reason = layout.reject(scheme, n, k, NAMES[dtype])
     if reason is not None:
-        named = (scheme.name, str(n), str(k), str(scheme.group_size), NAMES[dtype])
+        block = "whole rows" if scheme.group_size == WHOLE else str(scheme.group_size)
+        named = (scheme.name, str(n), str(k), block, NAMES[dtype])
         assert any(word in reason for word in named), reason
         return
     check(layout, random_q(scheme, n, k, dtype, seed), dtype)

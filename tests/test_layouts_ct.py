@@ -393,3 +393,27 @@ def test_zeros_down_the_rows_equal_the_reference_packer(n: int, groups: int, num
     assert q.zero is not None and packed["weight_zero_point"].is_contiguous()
     assert torch.equal(packed["weight_zero_point"], pack_to_int32(q.zero, scheme.weight.number.bits, packed_dim=0))
     assert same(layout.unpack(packed, scheme, q.shape), q)
+
+
+@pytest.mark.parametrize(
+    ("layout_name", "scheme", "reason"),
+    [
+        ("ct-nvfp4", preset("NVFP4A16", 32), "ct-nvfp4 holds NVFP4 weights in groups of 16 columns, not of 32"),
+        ("ct-nvfp4", preset("NVFP4", WHOLE), "ct-nvfp4 holds NVFP4 weights in groups of 16 columns, not of whole rows"),
+        ("ct-mxfp4", preset("MXFP4A16", 16), "ct-mxfp4 holds MXFP4 weights in groups of 32 columns, not of 16"),
+        (
+            "ct-mxfp4",
+            preset("MXFP4A16", WHOLE),
+            "ct-mxfp4 holds MXFP4 weights in groups of 32 columns, not of whole rows",
+        ),
+        ("ct-int", preset("W8A8", 64), "ct-int holds int8 weights with a scale a row, not one for every 64 columns"),
+        (
+            "ct-nvfp4",
+            preset("MXFP4A16", 16),
+            "ct-nvfp4 holds NVFP4 weights with NVFP4 or 16-bit activations, not MXFP4A16",
+        ),
+        ("ct-int", preset("W4A16"), "ct-int holds symmetric int8 weights with a scale a row, not W4A16"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_named_and_not_the_scheme(layout_name: str, scheme: Scheme, reason: str) -> None:
+    assert layout_of(layout_name).reject(scheme, 64, 128, "BF16") == reason

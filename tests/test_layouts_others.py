@@ -448,3 +448,32 @@ def test_fp8_config_is_read_as_meant() -> None:
     assert (read.activation_scheme, list(read.weight_block_size or ())) == ("dynamic", [128, 128])
     assert read.modules_to_not_convert == ["lm_head"]
     assert CODE_DTYPES["fp8_e4m3"] == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("layout_name", "scheme_name", "group_size", "reason"),
+    [
+        ("modelopt-nvfp4", "NVFP4A16", 32, "modelopt-nvfp4 holds FP4 weights in groups of 16 columns, not of 32"),
+        ("modelopt-nvfp4", "NVFP4", -1, "modelopt-nvfp4 holds FP4 weights in groups of 16 columns, not of whole rows"),
+        (
+            "modelopt-fp8",
+            "FP8",
+            64,
+            "modelopt-fp8 holds FP8 weights with a scale a tensor, not one for every 64 columns",
+        ),
+        (
+            "bnb-int8",
+            "LLM_INT8",
+            64,
+            "bnb-int8 holds int8 weights with the absmax of a row, not one for every 64 columns",
+        ),
+        ("modelopt-nvfp4", "MXFP4A16", 16, "in groups of 16 with a global scale, not MXFP4A16"),
+        ("modelopt-fp8", "FP8_DYNAMIC", 64, "with a scale a tensor each, not FP8_DYNAMIC"),
+        ("bnb-int8", "W8A8", 64, "as LLM.int8() has them, not W8A8"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_named_and_not_the_scheme(
+    layout_name: str, scheme_name: str, group_size: int, reason: str
+) -> None:
+    found = layout_of(layout_name).reject(preset(scheme_name, group_size), 256, 512, "BF16")
+    assert found is not None and found.endswith(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama
@@ -16,7 +17,7 @@ from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.gemms import fuse
-from quantpub.plan import Action, Plan, make_plan, require_runnable, summary, tensor_parallel
+from quantpub.plan import Action, Plan, make_plan, quantization_config, require_runnable, summary, tensor_parallel
 from quantpub.recipe import Recipe, load_recipe
 from quantpub.treatments import targets
 from quantpub.verify.run import verify
@@ -192,3 +193,110 @@ def test_a_rule_whose_algorithm_does_not_fit_its_scheme_is_refused_before_any_wo
     rules = [{"match": "x", "scheme": "FP8_DYNAMIC"}]
     with pytest.raises(InputError, match="search makes integer codes, not fp8_e4m3"):
         recipe(rules=rules).require_bindable()
+
+
+EXPERT_FORMS = {
+    "qwen3_moe": ("mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+    "mixtral": ("block_sparse_moe.experts", ("w1", "w2", "w3")),
+}
+FP8_EXPERTS = {"scheme": "FP8_DYNAMIC", "algorithm": {"name": "fp8"}}
+# recipe changes → the schemes of the experts of layers 0 and 1
+EXPERT_CASES: dict[str, tuple[dict[str, object], list[str | None]]] = {
+    "all": ({"rules": [{"match": r"re:.*\.experts\..*", **FP8_EXPERTS}]}, ["float", "float"]),
+    "one layer": ({"rules": [{"match": r"re:.*\.1\..*\.experts\..*", **FP8_EXPERTS}]}, ["int", "float"]),
+    "one ignored": (
+        {
+            "rules": [{"match": r"re:.*\.experts\..*", **FP8_EXPERTS}],
+            "ignore": ["lm_head", r"re:.*\.0\..*\.experts\..*"],
+        },
+        [None, "float"],
+    ),
+    "one scheme": ({}, ["int", "int"]),
+    "one scheme, one ignored": ({"ignore": ["lm_head", r"re:.*\.0\..*\.experts\..*"]}, [None, "int"]),
+}
+
+
+def expert_plan(folder: Path, model_type: str, changes: dict[str, object]) -> Plan:
+    import torch
+    from safetensors.torch import save_file
+
+    at, leaves = EXPERT_FORMS[model_type]
+    modules = [f"{at}.{e}.{leaf}" for e in range(12) for leaf in leaves]
+    modules += [f"self_attn.{p}_proj" for p in "qkvo"]
+    names = [f"model.layers.{i}.{module}.weight" for i in range(2) for module in modules]
+    save_file({name: torch.zeros(128, 128).bfloat16() for name in names}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "num_experts_per_tok": 2}))
+    plan = make_plan(open_checkpoint(str(folder)), recipe(**changes), "ct-pack")
+    require_runnable(plan)
+    return plan
+
+
+def vllm_experts(config: dict[str, Any], layer_name: str) -> str | None:
+    """The type of the weights that vLLM 0.25.1 expects of a layer's experts: `get_moe_method` and `get_scheme_dict`."""
+
+    def matches(value: str, target: str) -> bool:
+        return re.match(target[3:], value) is not None if target.startswith("re:") else target == value
+
+    types = {t: group["weights"]["type"] for group in config["config_groups"].values() for t in group["targets"]}
+    if "Linear" in types:
+        types.setdefault("RoutedExperts", types["Linear"])
+
+    def scheme(name: str) -> str | None:
+        if any(matches(name, entry) for entry in config["ignore"]):
+            return None
+        by_name = [t for t in types if matches(name, t)]
+        by_class = [t for t in types if (matches("RoutedExperts", t) if t.startswith("re:") else t == "RoutedExperts")]
+        return types[(by_name or by_class)[0]] if by_name or by_class else None
+
+    found = {scheme(f"{layer_name}.0.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")}
+    assert len(found) == 1, "vLLM refuses projections of several schemes"
+    return found.pop()
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize("model_type", EXPERT_FORMS)
+def test_vllm_finds_the_scheme_of_experts_whatever_their_names(model_type: str, case: str, tmp_path: Path) -> None:
+    changes, expected = EXPERT_CASES[case]
+    config = quantization_config(expert_plan(tmp_path, model_type, changes))
+    at = EXPERT_FORMS[model_type][0]
+    assert [vllm_experts(config, f"model.layers.{i}.{at}") for i in range(2)] == expected
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize("model_type", EXPERT_FORMS)
+def test_names_for_vllm_give_no_module_a_second_group(model_type: str, case: str, tmp_path: Path) -> None:
+    """By compressed-tensors' own matching; and the names that are added are of no module of the checkpoint."""
+    import torch
+    from compressed_tensors.utils.match import is_match
+
+    plan = expert_plan(tmp_path, model_type, EXPERT_CASES[case][0])
+    config = quantization_config(plan)
+    groups, linear = list(config["config_groups"].values()), torch.nn.Linear(1, 1, device="meta")
+    used = sorted({action.treatment for action in plan.actions if action.treatment is not None})
+    for action in plan.actions:
+        found = [
+            i for i, group in enumerate(groups) if is_match(action.module, linear, group["targets"], config["ignore"])
+        ]
+        assert found == ([] if action.treatment is None else [used.index(action.treatment)]), action.module
+    if model_type == "mixtral":
+        added = re.compile(r"experts\..*_proj")
+        named = {entry for group in groups for entry in group["targets"]} | set(config["ignore"])
+        of_experts = [entry for entry in named if added.search(entry.replace("\\", ""))]
+        assert (case == "one scheme") == (not of_experts)
+        modules = [action.module for action in plan.actions]
+        assert not any(is_match(module, linear, entry) for module in modules for entry in of_experts)
+
+
+@pytest.mark.parametrize("value", ["true", "'128'", "64.0"])
+@pytest.mark.parametrize("rule", [False, True])
+def test_a_group_size_is_a_whole_number(value: str, rule: bool, tmp_path: Path) -> None:
+    import yaml
+
+    content = load_recipe("w4a16").model_dump(mode="json", exclude={"group_size"})
+    size = {"group_size": yaml.safe_load(value)}
+    engines = {"engines": {"vllm": "ct-pack"}}
+    rules = {"rules": [{"match": "x", "scheme": "W4A16", **size}]}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(content | engines | (rules if rule else size)))
+    with pytest.raises(InputError, match=r"group_size: Input should be a valid integer"):
+        load_recipe(str(path))

@@ -73,3 +73,61 @@ def test_the_layouts_own_files_come_before_config_json(tmp_path: Path) -> None:
         if ran.code == 0:
             break
     assert {frozenset(), frozenset({"hf_quant_config.json"})} < seen, "the order was met"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "layout"),
+    [
+        ("FP8", "fp8", "ct-float"),
+        ("FP8", "fp8", "modelopt-fp8"),
+        ("NVFP4", "nvfp4", "ct-nvfp4"),
+        ("NVFP4", "nvfp4", "modelopt-nvfp4"),
+    ],
+)
+def test_what_needs_calibration_is_refused_in_the_plan(scheme: str, algorithm: str, layout: str) -> None:
+    base = load_recipe("fp8-dynamic").model_dump()
+    recipe = Recipe.model_validate(
+        base | {"scheme": scheme, "algorithm": {"name": algorithm}, "engines": {"vllm": layout}}
+    )
+    plan = make_plan(open_checkpoint(str(DEMO_MODEL)), recipe, layout)
+    assert {f"{scheme} needs calibrated scales of activations, which this version cannot find"} == set(
+        plan.rejections.values()
+    )
+
+
+@pytest.mark.parametrize("layout", ["ct-pack", "gptq", "awq"])
+def test_a_merged_linear_that_stays_is_named_too(layout: str) -> None:
+    """Engines that look up the merged name alone would build it quantized, and find no such weights."""
+    ignoring = {"ignore": ["lm_head", r"re:model\.layers\.2\.self_attn\.[qkv]_proj", "model.layers.3.mlp.down_proj"]}
+    base = load_recipe("w4a16").model_dump() | {"engines": {"vllm": layout}}
+    plan = make_plan(open_checkpoint(str(DEMO_MODEL)), Recipe.model_validate(base | ignoring), layout)
+    at = "model.layers.2.self_attn."
+    assert plan.ignored == (
+        "lm_head",
+        at + "k_proj",
+        at + "q_proj",
+        at + "qkv_proj",
+        at + "v_proj",
+        "model.layers.3.mlp.down_proj",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_magnitudes_that_no_weight_has_are_refused(dtype: str, tmp_path: Path) -> None:
+    """Their squares overflow, and scales found from them would be infinite."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = save_llama(tmp_path / "m", shards=1)
+    (model / "model.safetensors.index.json").unlink()
+    shard = next(model.glob("*.safetensors")).rename(model / "model.safetensors")
+    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(shard).items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = 2.0**96
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"holds values of 2\^96 and more"):
+        make_artifact(model, "w4a16", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = 2.0**60
+    save_file(tensors, shard, metadata={"format": "pt"})
+    artifact = make_artifact(model, "w4a16-rtn", tmp_path / "b")
+    assert artifact.is_dir()

@@ -16,20 +16,23 @@ its parts, and has no int8 experts; names of modules are in lower case there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from quantpub.layouts.base import Config, Layout, Spec, Tensors
 from quantpub.qtensor import QTensor
-from quantpub.scheme import PRESETS, Scheme
+from quantpub.scheme import PRESETS, WHOLE, Scheme
 
 INT8 = PRESETS["LLM_INT8"]
 ROW_MAJOR = 0
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if (scheme.weight, scheme.act) != (INT8.weight, INT8.act):
+    if (replace(scheme.weight, block=(scheme.weight.block[0], WHOLE)), scheme.act) != (INT8.weight, INT8.act):
         return f"bnb-int8 holds int8 weights with the absmax of a row, as LLM.int8() has them, not {scheme.name}"
+    if scheme.group_size != WHOLE:
+        return f"bnb-int8 holds int8 weights with the absmax of a row, not one for every {scheme.group_size} columns"
     return None
 
 

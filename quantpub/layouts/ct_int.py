@@ -25,8 +25,11 @@ SCALE = {"model", "float32"}
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if replace(scheme.weight, scale_dtype="model") != WEIGHT or scheme.weight.scale_dtype not in SCALE:
+    plain = replace(scheme.weight, scale_dtype="model", block=(scheme.weight.block[0], WHOLE))
+    if plain != WEIGHT or scheme.weight.scale_dtype not in SCALE:
         return f"ct-int holds symmetric int8 weights with a scale a row, not {scheme.name}"
+    if scheme.group_size != WHOLE:
+        return f"ct-int holds int8 weights with a scale a row, not one for every {scheme.group_size} columns"
     if scheme.act != TOKEN:
         return f"ct-int is written for int8 activations with a dynamic scale a token, not {scheme.name}"
     return None

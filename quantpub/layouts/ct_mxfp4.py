@@ -12,13 +12,14 @@ Source: compressed-tensors' mxfp4 compressor and MXFP4A16 preset; OCP Microscali
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
-from quantpub.scheme import Scheme, WeightFormat
+from quantpub.scheme import WHOLE, Scheme, WeightFormat
 
 FORMAT = "mxfp4-pack-quantized"
 GROUP = 32
@@ -26,8 +27,11 @@ WEIGHT = WeightFormat("fp4_e2m1", (1, GROUP), "e8m0")
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if scheme.weight != WEIGHT or scheme.act is not None:
+    if replace(scheme.weight, block=(scheme.weight.block[0], GROUP)) != WEIGHT or scheme.act is not None:
         return f"ct-mxfp4 holds MXFP4 weights with 16-bit activations, not {scheme.name}"
+    if scheme.weight != WEIGHT:
+        given = "whole rows" if scheme.group_size == WHOLE else scheme.group_size
+        return f"ct-mxfp4 holds MXFP4 weights in groups of {GROUP} columns, not of {given}"
     if dtype == "F16":
         return "ct-mxfp4 is for bf16 models: vLLM has no kernel of MXFP4 weights for F16 activations"
     if k % GROUP:

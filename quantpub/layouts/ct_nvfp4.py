@@ -14,13 +14,14 @@ Source: compressed-tensors' nvfp4 compressor, NVFP4 and NVFP4A16 presets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
-from quantpub.scheme import ActFormat, Scheme, WeightFormat
+from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
 FORMAT = "nvfp4-pack-quantized"
 GROUP = 16
@@ -29,8 +30,11 @@ ACT = ActFormat("fp4_e2m1", "group", True, GROUP, global_scale=True)
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if scheme.weight != WEIGHT or scheme.act not in (None, ACT):
+    if replace(scheme.weight, block=(scheme.weight.block[0], GROUP)) != WEIGHT or scheme.act not in (None, ACT):
         return f"ct-nvfp4 holds NVFP4 weights with NVFP4 or 16-bit activations, not {scheme.name}"
+    if scheme.weight != WEIGHT:
+        given = "whole rows" if scheme.group_size == WHOLE else scheme.group_size
+        return f"ct-nvfp4 holds NVFP4 weights in groups of {GROUP} columns, not of {given}"
     if k % GROUP:
         return f"in_features {k} is not a multiple of {GROUP}, the columns that share a scale"
     return None

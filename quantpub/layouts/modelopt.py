@@ -22,13 +22,14 @@ q_a_proj, q_b_proj, kv_a_proj_with_mqa or kv_b_proj, takes only that end: left o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from quantpub.layouts.base import Config, Layout, Spec, Tensors
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
-from quantpub.scheme import PRESETS, Scheme
+from quantpub.scheme import PRESETS, WHOLE, Scheme
 
 METHOD = "modelopt"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -37,17 +38,26 @@ GROUP = 16  # NVFP4's
 
 
 def reject_fp8(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if _algorithm(scheme) != "FP8":
+    if _algorithm(_grouped(scheme, WHOLE)) != "FP8":
         return f"modelopt-fp8 holds FP8 weights and activations with a scale a tensor each, not {scheme.name}"
+    if scheme.group_size != WHOLE:
+        return f"modelopt-fp8 holds FP8 weights with a scale a tensor, not one for every {scheme.group_size} columns"
     return None
 
 
 def reject_nvfp4(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    if _algorithm(scheme) not in ("NVFP4", "W4A16_NVFP4"):
+    if _algorithm(_grouped(scheme, GROUP)) not in ("NVFP4", "W4A16_NVFP4"):
         return f"modelopt-nvfp4 holds FP4 weights in groups of {GROUP} with a global scale, not {scheme.name}"
+    if scheme.group_size != GROUP:
+        given = "whole rows" if scheme.group_size == WHOLE else scheme.group_size
+        return f"modelopt-nvfp4 holds FP4 weights in groups of {GROUP} columns, not of {given}"
     if k % GROUP:
         return f"in_features {k} is not a multiple of the group size {GROUP}"
     return None
+
+
+def _grouped(scheme: Scheme, columns: int) -> Scheme:
+    return replace(scheme, weight=replace(scheme.weight, block=(scheme.weight.block[0], columns)))
 
 
 def _algorithm(scheme: Scheme) -> str | None:

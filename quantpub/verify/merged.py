@@ -7,7 +7,6 @@ the other members' weights are then wrong by the ratio.
 from __future__ import annotations
 
 from quantpub.decode import Decoder
-from quantpub.families import FAMILIES
 from quantpub.gemms import fuse
 from quantpub.qtensor import QTensor, same_bits
 from quantpub.scheme import WHOLE
@@ -16,8 +15,7 @@ from quantpub.verify.base import Finding, Subject, first
 
 def merged(subject: Subject) -> Finding:
     decoder = subject.decoder
-    family = FAMILIES[str(subject.artifact.config().get("model_type"))]
-    sets = [members for members in fuse(dict(decoder.modules()), family).values() if len(members) > 1]
+    sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
     problems = [problem for members in sets if (problem := _differ(decoder, members))]
     return first(problems, f"{len(sets)} sets of linears that engines merge")
 

@@ -47,8 +47,21 @@ def by_row_blocks(rows: Rows, w_NK: torch.Tensor, scheme: Scheme) -> QTensor:
     assert scheme.weight.block[0] == 1, scheme
     n, k = w_NK.shape
     step = max(1, BLOCK_ELEMENTS // k) if w_NK.device.type == "cpu" else n
-    parts = [rows(block) for block in w_NK.split(step)]
-    return QTensor(scheme, *(join(column) for column in zip(*parts, strict=True)))
+    made = _alike(rows, w_NK[:step])
+    if step >= n:
+        return QTensor(scheme, *made)
+    whole = [part.new_empty((n, *part.shape[1:])) for part in made]
+    for start in range(0, n, step):
+        for out, part in zip(whole, made if start == 0 else _alike(rows, w_NK[start : start + step]), strict=True):
+            out[start : start + step] = part
+    return QTensor(scheme, *whole)
+
+
+def _alike(rows: Rows, w_RK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One row is worked on as two: torch splits a sum with a single output over threads, and bytes would hang on those."""
+    if len(w_RK) > 1:
+        return rows(w_RK)
+    return tuple(part[:1] for part in rows(w_RK.expand(2, -1).contiguous()))
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -109,6 +122,8 @@ class Groups:
         number, group = scheme.weight.number, scheme.group_size if scheme.group_size != WHOLE else w_RK.shape[1]
         moment_K = None if stats is None else stats.second_moment_K
         importance_Gg = None if moment_K is None else moment_K.to(w_RK.device, torch.float32).view(-1, group)
+        if importance_Gg is not None:  # channels that are always zero: any weight will do, plain rounding's for one
+            importance_Gg = torch.where(importance_Gg.sum(-1, keepdim=True) > 0, importance_Gg, 1.0)
         w_RGg = w_RK.float().view(len(w_RK), -1, group)
         return Groups(w_RGg, w_RGg.amin(-1), w_RGg.amax(-1), importance_Gg, number.low, number.high)
 

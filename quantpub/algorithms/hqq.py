@@ -162,7 +162,7 @@ class _Loss:
         """The part of each error that the fit answers for: the loss's derivative, in the errors' own unit."""
         x_RGg = off_RGg / self.unit_RG[..., None]
         far, x = self._far(x_RGg.abs())
-        x_RGg.view(-1)[far] = x.pow(self.p - 1).div_(self.beta).copysign_(x_RGg.view(-1)[far])
+        x_RGg.view(-1)[far] = _power(x, self.p - 1).div_(self.beta).copysign_(x_RGg.view(-1)[far])
         return x_RGg.mul_(self.unit_RG[..., None])
 
     def total(self, groups: Groups, off_RGg: torch.Tensor) -> torch.Tensor:
@@ -171,13 +171,18 @@ class _Loss:
         far, x = self._far(x_RGg)
         loss_RGg = x_RGg.square_()
         slope = 2 / (self.p * self.beta)
-        loss_RGg.view(-1)[far] = x.pow(self.p).sub_(self.turn**self.p).mul_(slope).add_(self.turn**2)
+        loss_RGg.view(-1)[far] = _power(x, self.p).sub_(self.turn**self.p).mul_(slope).add_(self.turn**2)
         return groups.sum(loss_RGg)
 
     def _far(self, x_RGg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places and values beyond the turn. Few: a power of every element would cost more than all the rest."""
         far = (x_RGg.view(-1) > self.turn).nonzero().view(-1)
         return far, x_RGg.view(-1)[far]
+
+
+def _power(x: torch.Tensor, p: float) -> torch.Tensor:
+    """In float64: float32's differs in the last place between the lanes of a vector and its tail."""
+    return x.double().pow(p).float()
 
 
 def _alternate(groups: Groups, fit: _Fit, unit_RG: torch.Tensor, params: Params) -> _Fit:

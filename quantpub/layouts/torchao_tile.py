@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors
+from quantpub.layouts.words import in_blocks
 from quantpub.qtensor import QTensor
 from quantpub.scheme import Scheme
 
@@ -64,6 +65,10 @@ def pack_tiles(codes_NK: torch.Tensor) -> torch.Tensor:
     A row is 8i + a, a column 128j + 32m + 16h + 8l + 2c + d; word [i, j, 4a + c, m] holds it in the low (l = 0) or high
     half of byte 2d + h. Those halves are eight columns apart: one 64-bit integer and the next.
     """
+    return in_blocks(_tiles, codes_NK, ROWS)
+
+
+def _tiles(codes_NK: torch.Tensor) -> torch.Tensor:
     n, k = codes_NK.shape
     x = (codes_NK.contiguous() + 8).view(torch.int64).view(n // 8, 8, k // TILE, 4, 2, 2)
     halves = (x[..., 0] | (x[..., 1] << 4)).view(torch.int8).view(n // 8, 8, k // TILE, 4, 2, 4, 2)
@@ -72,6 +77,10 @@ def pack_tiles(codes_NK: torch.Tensor) -> torch.Tensor:
 
 def unpack_tiles(words: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_tiles`: int32 [N'/8, K'/128, 32, 4] → int8 [N', K']."""
+    return in_blocks(_codes, words)
+
+
+def _codes(words: torch.Tensor) -> torch.Tensor:
     rows, tiles = words.shape[:2]
     halves = words.contiguous().view(-1).view(torch.int8).view(rows, tiles, 8, 4, 4, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
     x = halves.contiguous().view(-1).view(torch.int64)

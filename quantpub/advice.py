@@ -51,10 +51,31 @@ def weights(shapes: Shapes, stored: Mapping[str, tuple[Scheme, str]], family: Fa
     ]
 
 
-def engines(wanted: Mapping[str, str], layout: str, scheme: str) -> list[str]:
-    """The recipe's engines for the layout; where it names none, those that load it."""
+def in_question(wanted: Mapping[str, str], layout: str) -> list[str]:
+    """The recipe's engines for the layout; where it names none, all whose tables speak of it."""
     named = [engine for engine, name in wanted.items() if name == layout]
-    return named or [engine for engine in TARGETS if unloadable(engine, layout, scheme) is None]
+    return named or [name for name, target in TARGETS.items() if layout in target.loads or layout in target.refuses]
+
+
+def unmerged(shapes: Shapes, rows: Mapping[str, int], family: Family) -> str | None:
+    """Why no engine can merge some set of weights: one that another follows ends within a block. rows: of each one's blocks."""
+    for members in fuse(shapes, family).values():
+        for member in members[:-1]:
+            n, side = shapes[member][0], rows[member]
+            if n % side:
+                return f"{member}: {n} out_features end within a block of {side}, and engines merge it with the next"
+    return None
+
+
+def refusal(engine: str, found: Sequence[Weight], apart: str | None) -> str | None:
+    """Why the engine cannot load a checkpoint of these weights, or None. apart: why none can that merges linears."""
+    target, kinds = TARGETS[engine], dict.fromkeys((w.layout, w.scheme.name, w.expert) for w in found)
+    reasons = [reason for kind in kinds if (reason := unloadable(engine, *kind))]
+    if len({weight.scheme for weight in found}) > 1 and target.mixed:
+        reasons.append(target.mixed)
+    if apart and target.merges:
+        reasons.append(apart)
+    return reasons[0] if reasons else None
 
 
 def kernels(found: Sequence[Weight], names: Iterable[str]) -> list[dict[str, Any]]:
@@ -117,18 +138,23 @@ def _alignment(kernel: str, engine: str, version: str, group: int, members: Sequ
 
 @dataclass(frozen=True)
 class Case:
-    """What notes are about: a plan's layouts, schemes, algorithms and engines, and whether experts are quantized."""
+    """What notes are about: a plan's layouts, schemes, algorithms, and the engines that load it.
+
+    tuned: whether an algorithm has parameters of its own.
+    """
 
     layouts: frozenset[str]
     schemes: frozenset[str]
     algorithms: frozenset[str]
     engines: tuple[str, ...]
-    experts: bool
+    tuned: bool = False
 
 
-def case(found: Sequence[Weight], algorithms: Iterable[str], names: Sequence[str]) -> Case:
+def case(found: Sequence[Weight], algorithms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Case:
+    """algorithms: each with its name and parameters."""
     layouts, schemes = frozenset(w.layout for w in found), frozenset(w.scheme.name for w in found)
-    return Case(layouts, schemes, frozenset(algorithms), tuple(names), any(w.expert for w in found))
+    called = frozenset(algorithm["name"] for algorithm in algorithms)
+    return Case(layouts, schemes, called, tuple(names), any(set(algorithm) > {"name"} for algorithm in algorithms))
 
 
 def notes(about: Case) -> list[dict[str, str]]:
@@ -162,11 +188,13 @@ def _tile_limits(about: Case) -> str | None:
 
 
 def _online(about: Case) -> str | None:
-    flags = [ONLINE[scheme] for scheme in sorted(about.schemes) if scheme in ONLINE]
-    if not flags or "vllm" not in about.engines or not about.algorithms <= set(DATA_FREE):
+    flags = [ONLINE.get(scheme) for scheme in about.schemes]
+    if len(flags) != 1 or not flags[0] or "vllm" not in about.engines:
+        return None
+    if about.tuned or not about.algorithms <= set(DATA_FREE):
         return None
     return (
-        f"No need to publish for speed alone: vLLM makes the same weights from the bf16 checkpoint with "
+        f"No need to publish for speed alone: vLLM makes weights of the same format from the bf16 checkpoint with "
         f"`{flags[0]}`. What a published one has beyond that: half the download, a faster start, and bytes that were "
         "verified and evaluated."
     )
@@ -210,19 +238,6 @@ def _mxfp4(about: Case) -> str | None:
     )
 
 
-def _experts(about: Case) -> str | None:
-    if not about.experts:
-        return None
-    reasons = [
-        TARGETS[engine].loads[layout].experts
-        for engine in about.engines
-        for layout in sorted(about.layouts)
-        if layout in TARGETS[engine].loads
-    ]
-    said = [reason for reason in dict.fromkeys(reasons) if reason]
-    return f"This model has experts, and {'; '.join(said)}." if said else None
-
-
 def _bitsandbytes(about: Case) -> str | None:
     if "bnb-int8" not in about.layouts or "vllm" not in about.engines:
         return None
@@ -232,8 +247,16 @@ def _bitsandbytes(about: Case) -> str | None:
     )
 
 
+def _machete_zero(about: Case) -> str | None:
+    if "W4A16_ASYM" not in about.schemes or not about.layouts & {"ct-pack", "awq"} or "vllm" not in about.engines:
+        return None
+    return (
+        "Machete, which vLLM runs on Hopper, adds the zero pre-multiplied and rounded to bf16: up to one last place; "
+        "Marlin is exact. Measured on an H200, docs/evidence/h200-kernels-pycode-llama-28m.json."
+    )
+
+
 NOTES: dict[str, Callable[[Case], str | None]] = {
-    "experts-refused": _experts,
     "tile-packed-batch": _tile_batch,
     "tile-packed-limits": _tile_limits,
     "online-fp8": _online,
@@ -241,5 +264,6 @@ NOTES: dict[str, Callable[[Case], str | None]] = {
     "fp4-before-blackwell": _fp4_fallback,
     "int4-large-batch": _int4_batch,
     "mxfp4-engines": _mxfp4,
+    "machete-zero": _machete_zero,
     "bitsandbytes-vllm": _bitsandbytes,
 }

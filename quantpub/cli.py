@@ -50,7 +50,7 @@ def _plans(
     model: str, recipe: str, engines: list[str] | None, layouts: list[str] | None, revision: str | None
 ) -> list[Any]:
     from quantpub.checkpoint import open_checkpoint
-    from quantpub.plan import make_plan
+    from quantpub.plan import make_plan, require_engines
     from quantpub.recipe import load_recipe
 
     chosen = load_recipe(recipe)
@@ -58,7 +58,10 @@ def _plans(
     chosen.require_bindable()
     with out.working("reading headers"):
         checkpoint = open_checkpoint(model, revision)
-        return [make_plan(checkpoint, chosen, name) for name in names]
+        plans = [make_plan(checkpoint, chosen, name) for name in names]
+    for each in plans:
+        require_engines(each, engines or [])
+    return plans
 
 
 @app.command()

@@ -25,7 +25,7 @@ from quantpub.artifact import META, SUMS, Artifact
 from quantpub.checkpoint import INDEX
 from quantpub.errors import ConflictError, UnavailableError
 from quantpub.files import TEMPORARY, disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
-from quantpub.plan import Plan, artifact_config, config_files, index_json, summary
+from quantpub.plan import Plan, artifact_config, config_files, engines_of, index_json, summary
 from quantpub.shards import ShardWriter
 
 RECORDED = (
@@ -184,7 +184,7 @@ class Destination:
             "scheme": plan.scheme.as_json(),
             "layout": plan.layout.name,
             "treatments": [treatment.as_json() for treatment in plan.treatments],
-            "engines": [engine for engine, layout in plan.recipe.engines.items() if layout == plan.layout.name],
+            "engines": [engine for engine, reason in engines_of(plan).items() if reason is None],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "stages": {},
         }

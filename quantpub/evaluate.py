@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from quantpub.activations import rounding_of
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import INDEX, Checkpoint, open_checkpoint
 from quantpub.decode import Decoder
@@ -254,8 +255,8 @@ def _is_source(artifact: Artifact, checkpoint: Checkpoint) -> bool:
 
 
 def _activations(model: ArtifactModel) -> dict[str, Any]:
-    """What was done to activations, and the quantized parameters whose input could not be rounded."""
-    acts = [asdict(act) for act in dict.fromkeys(model.acts) if act]
+    """How activations were rounded, and the quantized parameters whose input could not be rounded."""
+    acts = [asdict(act) for act in dict.fromkeys(model.acts) if act and rounding_of(act)]
     return {"quantized": acts, "not_emulated": model.not_emulated()}
 
 

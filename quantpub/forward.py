@@ -23,6 +23,7 @@ from quantpub.activations import Rounding, rounding_of
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.qtensor import dequantize
+from quantpub.scheme import ActFormat
 
 NOT, PARTLY = -1, -2  # beside places of treatments
 Read = Callable[[], torch.Tensor]
@@ -60,12 +61,15 @@ class RoundedActivations(TorchFunctionMode):
 
 
 class ArtifactModel:
-    """model: the float32 transformers model. forward: token ids → logits, with activations as the scheme has them."""
+    """model: the float32 transformers model. forward: token ids → logits, with activations as the scheme has them.
+
+    acts: the format of activations of each treatment, None where it has none or was not used.
+    """
 
     def __init__(self, decoder: Decoder, device: str = "cpu") -> None:
         """Errors: InputError when a tensor is missing or the model has no place for one."""
         decoder.require_whole()
-        self.acts = [treatment.scheme.act for treatment in decoder.treatments]
+        self.acts = _acts(decoder)
         self._masks = _quantized_slices(decoder) if any(self.acts) else {}
         self.model = _load(_config(decoder), _weights(decoder), torch.float32, decoder.artifact.path).to(device)
         self._rounded = RoundedActivations(self._weights()) if self._masks else None
@@ -157,13 +161,19 @@ def _weights(decoder: Decoder) -> dict[str, Any]:
     return state | {name: Deferred(copied(name)) for name in decoder.copied()}
 
 
+def _acts(decoder: Decoder) -> list[ActFormat | None]:
+    """Of each treatment how it rounds activations, None where it does not or where no module had it."""
+    used = {decoder.place(module) for module, _ in decoder.modules()}
+    return [t.scheme.act if place in used else None for place, t in enumerate(decoder.treatments)]
+
+
 def _quantized_slices(decoder: Decoder) -> dict[str, list[int]]:
     """Model parameter → the treatment of each of its 2-D slices, for every parameter whose input is rounded somewhere.
 
     A slice is PARTLY treated where a fused weight has a member that the recipe ignores: its one input cannot be
     rounded for the others alone.
     """
-    acts = [treatment.scheme.act for treatment in decoder.treatments]
+    acts = _acts(decoder)
     marks = [torch.tensor(float(place + 1 if act else 0), dtype=torch.bfloat16) for place, act in enumerate(acts)]
     place = {module: decoder.place(module) for module, _ in decoder.modules()}
     state = {f"{module}.weight": marks[place[module]].expand(shape) for module, shape in decoder.modules()}

@@ -1,4 +1,4 @@
-"""Which kernel an engine is expected to run, as data: by engine, version, layout, scheme and GPU generation.
+"""What engines loaded here, and which kernel each is expected to run: by version, layout, scheme and GPU generation.
 
 The kernels are those that the engine's own order of choice gives for a shape that fits (`hardware.misfit` judges shapes)
 and bf16 activations, without overrides. A cell that nothing established says so; it is never filled in from a neighbour.
@@ -8,11 +8,11 @@ The versions are the oldest and the newest that were read (`targets.VERSIONS`); 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantpub.hardware import GENERATIONS
 from quantpub.kernel_rows import ROWS, Row
-from quantpub.targets import VERSIONS, unloadable
+from quantpub.targets import TARGETS, VERSIONS, Target, unloadable
 
 UNKNOWN = "not established"
 KNOWN_BY_TABLE = "read: the table of layouts"
@@ -38,51 +38,108 @@ class Expected:
 
 @dataclass(frozen=True)
 class Seen:
-    """A run that is recorded: the kernel, and the words of the engine's log that say so."""
+    """Weights of one kind in a checkpoint that an engine loaded here. checkpoint: its recipe and layout, as in the evidence.
+
+    kernel: what the engine chose, and the words of its log that say so; None where the log names none, or where the
+    engine was kept from its own choice. aside: what was unlike a plain start.
+    """
 
     engine: str
     version: str
+    generation: str
     layout: str
     scheme: str
-    generation: str
-    kernel: str
-    said: str
+    checkpoint: str
     evidence: str
     experts: bool = False
+    kernel: str | None = None
+    said: str | None = None
+    aside: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"seen: {self.version} on {MACHINES[self.generation]}{self.aside} ({self.evidence})"
 
 
-_DENSE_RUN, _MOE_RUN = (
-    "docs/evidence/h200-vllm-layouts-pycode-llama-28m.json",
-    "docs/evidence/h200-vllm-layouts-pycode-qwen3moe-27m.json",
+MACHINES = {"sm90": "an H200", "cpu": "a CPU"}
+_LLAMA, _MOE, _TORCHAO = (
+    f"docs/evidence/h200-{name}.json"
+    for name in ("vllm-layouts-pycode-llama-28m", "vllm-layouts-pycode-qwen3moe-27m", "torchao-pycode-llama-28m")
 )
+_NO_DEEPGEMM = ", with DeepGEMM, its own choice, switched off"
 
 
-def _dense(layout: str, scheme: str, kernel: str, said: str) -> Seen:
-    return Seen("vllm", "0.25.1", layout, scheme, "sm90", kernel, said, _DENSE_RUN)
+def _vllm(
+    recipe: str, layout: str, scheme: str, kernel: str | None = None, said: str | None = None, stored: str = ""
+) -> Seen:
+    """A run of vLLM. layout: the checkpoint's; stored: that of these weights, where it is another."""
+    name = f"{recipe}-{layout}"
+    return Seen("vllm", "0.25.1", "sm90", stored or layout, scheme, name, _LLAMA, kernel=kernel, said=said)
 
 
-def _experts(layout: str, scheme: str, kernel: str, said: str) -> Seen:
-    return Seen("vllm", "0.25.1", layout, scheme, "sm90", kernel, said, _MOE_RUN, True)
+def _moe(recipe: str, layout: str, scheme: str, kernel: str, said: str) -> tuple[Seen, Seen]:
+    """Its experts and its attention."""
+    run = replace(_vllm(recipe, layout, scheme), evidence=_MOE)
+    return replace(run, experts=True, kernel=kernel, said=said), run
 
 
-# FP8 blocks ran on CUTLASS there, with DeepGEMM, which the engine prefers, switched off: not what it would choose
+def _transformers(checkpoint: str, layout: str, scheme: str, evidence: str, experts: bool = False) -> Seen:
+    version, machine = ("5.17.0", "sm90") if evidence == _TORCHAO else ("5.23.0", "cpu")
+    return Seen("transformers", version, machine, layout, scheme, checkpoint, evidence, experts)
+
+
+_PARTNERS, _OTHERS, _LOG = "tests/test_partners.py", "tests/test_layouts_others.py", "docs/log.md"
 SEEN = (
-    _dense("ct-pack", "W4A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
-    _dense("ct-pack", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
-    _dense("ct-pack", "W8A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
-    _dense("gptq", "W4A16", "Machete", "Using MacheteLinearKernel for AutoGPTQLinearMethod"),
-    _dense("awq", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for AutoAWQMarlinLinearMethod"),
-    _dense("ct-int", "W8A8", "CUTLASS INT8", "Selected CutlassInt8ScaledMMLinearKernel"),
-    _dense("ct-float", "FP8_DYNAMIC", "CUTLASS FP8", "Selected CutlassFP8ScaledMMLinearKernel"),
-    _dense("ct-nvfp4", "NVFP4A16", "Marlin NVFP4 W4A16", "Using MarlinNvFp4LinearKernel"),
-    _dense("ct-mxfp4", "MXFP4A16", "Marlin MXFP4 W4A16", "Using MarlinMxFp4LinearKernel"),
-    _experts("ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
-    _experts("ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
-    _experts("ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),
-    _experts("ct-float", "FP8_DYNAMIC", "CUTLASS FP8 MoE", "Using VLLM_CUTLASS Fp8 MoE backend"),
-    _experts("ct-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
-    _experts("modelopt-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
+    _vllm("w4a16", "ct-pack", "W4A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _vllm("w4a16-asym", "ct-pack", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _vllm("w8a16", "ct-pack", "W8A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
+    _vllm("w4a16", "gptq", "W4A16", "Machete", "Using MacheteLinearKernel for AutoGPTQLinearMethod"),
+    _vllm("w4a16-asym", "awq", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for AutoAWQMarlinLinearMethod"),
+    _vllm("int8-dynamic", "ct-int", "W8A8", "CUTLASS INT8", "Selected CutlassInt8ScaledMMLinearKernel"),
+    _vllm("fp8-dynamic", "ct-float", "FP8_DYNAMIC", "CUTLASS FP8", "Selected CutlassFP8ScaledMMLinearKernel"),
+    replace(_vllm("fp8-block", "hf-fp8", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
+    replace(_vllm("fp8-block", "ct-float", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
+    _vllm("nvfp4a16", "ct-nvfp4", "NVFP4A16", "Marlin NVFP4 W4A16", "Using MarlinNvFp4LinearKernel"),
+    _vllm("nvfp4a16", "modelopt-nvfp4", "NVFP4A16"),
+    _vllm("mxfp4", "ct-mxfp4", "MXFP4A16", "Marlin MXFP4 W4A16", "Using MarlinMxFp4LinearKernel"),
+    _vllm("int4-hqq-tile", "torchao-tile", "W4A16_FLOAT_ZERO"),
+    _vllm("w4a16-fp8-down", "ct-pack", "W4A16"),
+    _vllm("w4a16-fp8-down", "ct-pack", "FP8_DYNAMIC", stored="ct-float"),
+    *_moe("w4a16", "ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
+    *_moe("w4a16-asym", "ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
+    *_moe("int8-dynamic", "ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),
+    *_moe("fp8-dynamic", "ct-float", "FP8_DYNAMIC", "CUTLASS FP8 MoE", "Using VLLM_CUTLASS Fp8 MoE backend"),
+    *_moe("nvfp4a16", "ct-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
+    *_moe("nvfp4a16", "modelopt-nvfp4", "NVFP4A16", "Marlin NVFP4 MoE", "Using 'MARLIN' NvFp4 MoE backend"),
+    _transformers("w4a16-ct-pack", "ct-pack", "W4A16", _PARTNERS),
+    _transformers("w4a16-asym-ct-pack", "ct-pack", "W4A16_ASYM", _PARTNERS),
+    _transformers("w8a16-ct-pack", "ct-pack", "W8A16", _PARTNERS),
+    _transformers("int8-dynamic-ct-int", "ct-int", "W8A8", _PARTNERS),
+    _transformers("fp8-dynamic-ct-float", "ct-float", "FP8_DYNAMIC", _PARTNERS),
+    _transformers("nvfp4a16-ct-nvfp4", "ct-nvfp4", "NVFP4A16", _PARTNERS),
+    _transformers("mxfp4-ct-mxfp4", "ct-mxfp4", "MXFP4A16", _PARTNERS),
+    _transformers("fp8-block-hf-fp8", "hf-fp8", "FP8_BLOCK", _OTHERS),
+    _transformers("int4-hqq-tile-torchao-tile", "torchao-tile", "W4A16_FLOAT_ZERO", _TORCHAO),
+    *(_transformers("w4a16-ct-pack", "ct-pack", "W4A16", _LOG, experts) for experts in (False, True)),
+    *(_transformers("fp8-dynamic-ct-float", "ct-float", "FP8_DYNAMIC", _LOG, experts) for experts in (False, True)),
+    *(_transformers("experts of hf-fp8", "hf-fp8", "FP8_BLOCK", _OTHERS, experts) for experts in (False, True)),
 )
+Kind = tuple[str, str, bool]  # layout, scheme, whether it is experts' weights
+
+
+def loaded(engine: str, kinds: Iterable[Kind]) -> list[Seen]:
+    """The runs here in which the engine loaded one checkpoint with all these kinds of weights, the first such checkpoint's."""
+    wanted, found = set(kinds), dict[tuple[str, str], list[Seen]]()
+    for run in SEEN:
+        if run.engine == engine and (run.layout, run.scheme, run.experts) in wanted:
+            found.setdefault((run.evidence, run.checkpoint), []).append(run)
+    return next((runs for runs in found.values() if len(runs) == len(wanted)), [])
+
+
+def basis(engine: str, kind: Kind) -> str:
+    """How it is known that the engine loads this kind of weights: the run here, where there was one, and what was read."""
+    read = TARGETS[engine].loads[kind[0]].source
+    return "; ".join([*(run.words for run in loaded(engine, [kind])), read])
 
 
 def expected(engine: str, version: str, layout: str, scheme: str, generation: str, experts: bool = False) -> Expected:
@@ -92,7 +149,7 @@ def expected(engine: str, version: str, layout: str, scheme: str, generation: st
     if reason := unloadable(engine, layout, scheme, experts):
         return Expected(refused=reason, source=KNOWN_BY_TABLE)
     for run in SEEN:
-        if (run.engine, run.version, run.layout, run.scheme, run.generation, run.experts) == (
+        if run.kernel and (run.engine, run.version, run.layout, run.scheme, run.generation, run.experts) == (
             engine, version, layout, scheme, generation, experts,
         ):  # fmt: skip
             return Expected(run.kernel, source=f"seen: {run.evidence}")
@@ -122,12 +179,37 @@ def by_outcome(cells: Iterable[tuple[str, Expected]]) -> list[tuple[str, tuple[s
     return [(words, tuple(generations), seen) for (words, seen), generations in found.items()]
 
 
-def hardware_rows(engine: str, layout: str, scheme: str) -> list[tuple[str, str, str, str]]:
+def hardware_rows(engine: str, layout: str, scheme: str, experts: bool = False) -> list[tuple[str, str, str, str]]:
     """(version, generations, kernel or what refuses, `seen` or `read`) for every generation, as cards show it."""
     return [
         (version, ", ".join(generations), words, "–" if words == UNKNOWN else "seen" if seen else "read")
         for version in VERSIONS[engine]
         for words, generations, seen in by_outcome(
-            (generation, expected(engine, version, layout, scheme, generation)) for generation in GENERATIONS
+            (generation, expected(engine, version, layout, scheme, generation, experts)) for generation in GENERATIONS
         )
     ]
+
+
+def engine_rows() -> list[tuple[str, str, str]]:
+    """(engine, layouts it loads by version, those seen here in bold, layouts it refuses), as README shows them."""
+    return [
+        (target.summary, _loaded(engine, target), _codes(target.refuses) or "–") for engine, target in TARGETS.items()
+    ]
+
+
+def _loaded(engine: str, target: Target) -> str:
+    """A layout is bold where a scheme of it was seen."""
+    seen, versions = {run.layout for run in SEEN if run.engine == engine}, dict[str, list[str]]()
+    for name, loads in target.loads.items():
+        versions.setdefault(loads.versions, []).append(f"**`{name}`**" if name in seen else f"`{name}`")
+    return "; ".join(f"{version}: {', '.join(names)}" for version, names in versions.items())
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def engine_table() -> str:
+    """The engines in Markdown, as README holds them."""
+    rows = [("engine", "loads (bold: seen here, the rest read in its source)", "refuses"), ("---",) * 3, *engine_rows()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -34,7 +34,8 @@ def show_plans(out: Output, plans: list[dict[str, Any]]) -> None:
 
 
 def _show_plan(out: Output, facts: dict[str, Any]) -> None:
-    out.line(f"{name_of(facts['model'])} → {facts['recipe']} ({facts['scheme']}) as {facts['layout']}")
+    schemes = " and ".join(facts["schemes"]) or facts["scheme"]
+    out.line(f"{name_of(facts['model'])} → {facts['recipe']} ({schemes}) as {facts['layout']}")
     copied = ", ".join(f"{count} {role}" for role, count in facts["copied"].items())
     out.line(f"  tensors          {facts['quantized']} quantized, copied: {copied or 'none'}; {facts['shards']} shards")
     out.line(
@@ -46,6 +47,8 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
     out.line(f"  peak memory      about {size(facts['peak_memory_bytes'])}")
     for degree, verdict in facts["tensor_parallel"].items():
         out.line(f"  tensor parallel  {degree}: {verdict}")
+    for line in engine_lines({} if facts["rejected"] else facts["engines"]):
+        out.line(f"  engines          {line}")
     for entry in facts["ignore_unmatched"]:
         out.line(f"  no effect        {entry} matches nothing that is quantized")
     if facts["left_behind"]:
@@ -81,6 +84,13 @@ def alike(rejected: dict[str, str]) -> list[tuple[str, str]]:
         (names[0] + (f" (and {len(names) - 1} of its kind)" if len(names) > 1 else ""), rejected[names[0]])
         for names in found.values()
     ]
+
+
+def engine_lines(engines: dict[str, str]) -> list[str]:
+    """Those that load it in one line, each other with what refuses it."""
+    loading = [engine for engine, verdict in engines.items() if verdict == "ok"]
+    refused = [f"not {engine}: {verdict}" for engine, verdict in engines.items() if verdict != "ok"]
+    return [*([", ".join(loading)] if loading else []), *refused]
 
 
 def kernel_lines(entries: list[dict[str, Any]]) -> list[str]:

@@ -1,13 +1,12 @@
 """Serving engines, as data: which layouts each loads, for which schemes, since which version, and where that is known from.
 
 Recipes name an engine and a layout; these tables say whether the pair can work at all, and what refuses it where it
-cannot. A source that begins with `seen` was run here, one that begins with `read` comes from the engine's own source.
-Which kernel then runs is the matter of `kernel_tables`.
+cannot. They were read in the engine's own source. What was loaded here, and which kernel then runs, is the matter of
+`kernel_tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # The versions that were read for the tables: the oldest and the newest
@@ -33,10 +32,6 @@ class Loads:
     experts: str | None = None
     needs: tuple[str, ...] = ()
 
-    @property
-    def seen(self) -> bool:
-        return self.source.startswith("seen")
-
 
 @dataclass(frozen=True)
 class Refuses:
@@ -48,20 +43,21 @@ class Refuses:
 class Target:
     """An engine: a line of description; layout → what loads it; layout → why it is refused. Together: every layout.
 
-    mixed: why it cannot load a checkpoint of several schemes.
+    mixed: why it cannot load a checkpoint of several schemes. merges: whether q/k/v become one weight, and gate/up.
     """
 
     summary: str
     loads: dict[str, Loads]
     refuses: dict[str, Refuses] = field(default_factory=dict)
     mixed: str | None = None
+    merges: bool = True
 
 
 _VLLM = "0.25.1 – 0.33.0"
-_SEEN_VLLM = "seen: 0.25.1 on an H200 (docs/evidence); read: 0.33.0"
+_READ_VLLM = "read: 0.25.1 and 0.33.0"
 _CT_SGLANG = "read: SGLang 0.5.23, compressed_tensors.py"
 _CT_TRT = "read: TensorRT-LLM models/quant_config_utils.py"
-_CT_HF = "seen: opened and decompressed; computes in the model's own dtype"
+_CT_HF = "read: quantizer_compressed_tensors.py; decompresses, and computes in the model's own dtype"
 _HF = "5.17 – 5.23"
 _TRT = "main, mid-2026"
 _BOTH_FP4 = ("NVFP4", "NVFP4A16")
@@ -78,25 +74,25 @@ TARGETS = {
         {
             "ct-pack": Loads(
                 _VLLM,
-                _SEEN_VLLM + ", the WNA16 scheme",
+                _READ_VLLM + ", the WNA16 scheme",
                 ("W4A16", "W4A16_ASYM", "W8A16"),
             ),
-            "ct-int": Loads(_VLLM, _SEEN_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
+            "ct-int": Loads(_VLLM, _READ_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
             "ct-float": Loads(
                 _VLLM,
-                _SEEN_VLLM + ", the W8A8Fp8 scheme",
+                _READ_VLLM + ", the W8A8Fp8 scheme",
                 ("FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
             ),
-            "ct-nvfp4": Loads(_VLLM, _SEEN_VLLM + ", the W4A4Fp4 scheme", _BOTH_FP4),
-            "ct-mxfp4": Loads(_VLLM, _SEEN_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
-            "hf-fp8": Loads(_VLLM, _SEEN_VLLM + ", fp8.py"),
+            "ct-nvfp4": Loads(_VLLM, _READ_VLLM + ", the W4A4Fp4 scheme", _BOTH_FP4),
+            "ct-mxfp4": Loads(_VLLM, _READ_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
+            "hf-fp8": Loads(_VLLM, _READ_VLLM + ", fp8.py"),
             "modelopt-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", ("FP8",)),
-            "modelopt-nvfp4": Loads(_VLLM, _SEEN_VLLM + ", modelopt.py", _BOTH_FP4),
-            "gptq": Loads(_VLLM, _SEEN_VLLM + ", auto_gptq.py: symmetric only", _SYMMETRIC),
-            "awq": Loads(_VLLM, _SEEN_VLLM + ", auto_awq.py"),
+            "modelopt-nvfp4": Loads(_VLLM, _READ_VLLM + ", modelopt.py", _BOTH_FP4),
+            "gptq": Loads(_VLLM, _READ_VLLM + ", auto_gptq.py: symmetric only", _SYMMETRIC),
+            "awq": Loads(_VLLM, _READ_VLLM + ", auto_awq.py"),
             "torchao-tile": Loads(
                 _VLLM,
-                _SEEN_VLLM + ", torchao.py",
+                _READ_VLLM + ", torchao.py",
                 experts="vLLM's torchao loader takes linear layers only, neither experts nor lm_head",
                 needs=("torchao",),
             ),
@@ -180,14 +176,14 @@ TARGETS = {
             "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
             "hf-fp8": Loads(
                 _HF,
-                "seen: 5.23 opened and dequantized on a CPU; read: FP8 from compute capability 8.9 on",
+                "read: quantizer_finegrained_fp8.py; FP8 from compute capability 8.9 on, dequantized below",
                 needs=("accelerate", "kernels"),
             ),
             "gptq": Loads(_HF, "read: quantizer_gptq.py", needs=("optimum", "gptqmodel")),
             "awq": Loads(_HF, "read: quantizer_awq.py", needs=("gptqmodel", "accelerate")),
             "torchao-tile": Loads(
                 _HF,
-                "seen: 5.17 on an H200 and 5.23 on a CPU, opened as torchao's own tensors",
+                "read: quantizer_torchao.py; opened as torchao's own tensors",
                 needs=("torchao",),
                 experts="transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys",
             ),
@@ -204,6 +200,7 @@ TARGETS = {
         },
         # seen with 5.23: integrations/compressed_tensors.py, get_dense_scheme
         mixed="it decompresses every dense layer by the first group of the config",
+        merges=False,
     ),
 }
 
@@ -218,25 +215,3 @@ def unloadable(engine: str, layout: str, scheme: str | None = None, experts: boo
     if scheme is not None and loads.schemes is not None and scheme not in loads.schemes:
         return f"{target.summary} loads {layout} for {', '.join(loads.schemes)} only, not for {scheme}"
     return loads.experts if experts else None
-
-
-def engine_rows() -> list[tuple[str, str, str]]:
-    """(engine, layouts it loads by version, those seen here in bold, layouts it refuses), as README shows them."""
-    return [(target.summary, _loaded(target), _codes(target.refuses) or "–") for target in TARGETS.values()]
-
-
-def _loaded(target: Target) -> str:
-    versions: dict[str, list[str]] = {}
-    for name, loads in target.loads.items():
-        versions.setdefault(loads.versions, []).append(f"**`{name}`**" if loads.seen else f"`{name}`")
-    return "; ".join(f"{version}: {', '.join(names)}" for version, names in versions.items())
-
-
-def _codes(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def engine_table() -> str:
-    """The engines in Markdown, as README holds them."""
-    rows = [("engine", "loads (bold: seen here, the rest read in its source)", "refuses"), ("---",) * 3, *engine_rows()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

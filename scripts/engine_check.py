@@ -7,7 +7,6 @@ agreement, the kernel lines of the engine's log, versions. Runs on a GPU host th
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -17,6 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from provenance import made_by, write
 
 WORKERS = 3  # engines at a time
 
@@ -73,36 +74,31 @@ def measure(folder: str, tokens: Path, disabled: str) -> dict[str, Any]:
     }
 
 
-def named(spec: str, tokens: Path) -> tuple[str, dict[str, Any]]:
+def named(spec: str, tokens: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """(name, findings), also added to OUT.jsonl at once: a run that is cut short loses nothing."""
     name, _, rest = spec.partition("=")
     folder, _, disabled = rest.partition(",")
     found = measure(str(Path(folder).resolve()), tokens, disabled)
     print(name, {k: v for k, v in found.items() if k != "best"}, flush=True)
+    with out.with_suffix(".jsonl").open("a") as f:
+        f.write(json.dumps({"name": name} | {k: v for k, v in found.items() if k != "best"}) + "\n")
     return name, found
 
 
 def main() -> None:
     out, tokens = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = dict(pool.map(lambda spec: named(spec, tokens), sys.argv[3:]))
+        found = dict(pool.map(lambda spec: named(spec, tokens, out), sys.argv[3:]))
     for spec in sys.argv[3:]:  # what failed has another try alone: engines disturb each other's memory profiling
         if "failed" in found[spec.partition("=")[0]]:
-            found |= [named(spec, tokens)]
+            found |= [named(spec, tokens, out)]
     base = next(iter(found.values())).get("best")
     for value in found.values():
         best = value.pop("best", None)
         if base and best:
             value["top1_agreement"] = sum(a == b for a, b in zip(base, best, strict=True)) / len(base)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")
-    }
-    gpu = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    out.write_text(json.dumps({"versions": versions, "gpu": gpu.stdout.strip(), "checkpoints": found}, indent=2) + "\n")
+    packages = ("vllm", "torch", "transformers", "compressed-tensors")
+    write(str(out), made_by("scripts/engine_check.py", packages), checkpoints=found)
 
 
 if __name__ == "__main__":

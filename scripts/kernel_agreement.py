@@ -11,14 +11,13 @@ row's largest weight, and the relative error of the random product (8-bit activa
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import made_by, write
 
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
@@ -224,33 +223,13 @@ def compared(q: QTensor, product: Product, unit: float) -> dict[str, Any]:
     }
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def main(out: str, *folders: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    made = {
-        "command": "scripts/kernel_agreement.py",
-        "versions": {"torch": torch.__version__, "vllm": installed("vllm"), "cuda": torch.version.cuda},
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.split()[0],
-        "seed": 0,
-        "m": M,
-    }
     found = [row for folder in folders for row in rows(folder)]
     for row in found:
         print(json.dumps(row))
-    Path(out).write_text(json.dumps({"made_by": made, "rows": found}, indent=1) + "\n")
+    made = made_by("scripts/kernel_agreement.py", ("torch", "vllm"), cuda=torch.version.cuda, seed=0, m=M)
+    write(out, made, rows=found)
 
 
 if __name__ == "__main__":

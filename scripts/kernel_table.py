@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+from provenance import made_by, write
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -120,32 +118,6 @@ def summed(times: list[dict[tuple[str, int], list[float]]], name: str, m: int) -
     return [sum(round_) for round_ in zip(*(shape[name, m] for shape in times), strict=True)]
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def made_by() -> dict[str, object]:
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {
-        "command": "scripts/kernel_table.py",
-        "versions": {"torch": torch.__version__, "vllm": installed("vllm"), "cuda": torch.version.cuda},
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.split()[0],
-        "seed": 0,
-        "rounds": ROUNDS,
-        "group_size": GROUP,
-        "shapes_NK": SHAPES,
-    }
-
-
 def main(out: str) -> None:
     torch.manual_seed(0)
     found = available()
@@ -166,7 +138,9 @@ def main(out: str) -> None:
         rows.append(row)
         print(json.dumps(row))
     reasons = {name: reason for name, reason in found.items() if reason}
-    Path(out).write_text(json.dumps({"made_by": made_by(), "unavailable": reasons, "rows": rows}, indent=1) + "\n")
+    settings = {"cuda": torch.version.cuda, "seed": 0, "rounds": ROUNDS, "group_size": GROUP, "shapes_NK": SHAPES}
+    made = made_by("scripts/kernel_table.py", ("torch", "vllm"), **settings)
+    write(out, made, unavailable=reasons, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import json
 import math
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import made_by, write
 
 
 def load(folder: str, **options: Any) -> Any:
@@ -79,13 +79,8 @@ def main(out: str, base: str, tokens: str, *folders: str) -> None:
         except Exception as error:  # said in the evidence, not hidden
             rows[Path(name).name] = {"failed": f"{type(error).__name__}: {error!s:.300}"}
         print(name, rows[Path(name).name])
-    made = {
-        "command": "scripts/torchao_check.py",
-        "versions": {package: version(package) for package in ("torch", "torchao", "transformers")},
-        "gpu": torch.cuda.get_device_name(),
-        "windows": list(x_BT.shape),
-    }
-    Path(out).write_text(json.dumps({"made_by": made, "rows": rows}, indent=1) + "\n")
+    made = made_by("scripts/torchao_check.py", ("torch", "torchao", "transformers"), windows=list(x_BT.shape))
+    write(out, made, rows=rows)
 
 
 if __name__ == "__main__":

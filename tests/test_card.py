@@ -381,7 +381,7 @@ def test_limitations_follow_from_the_evidence(full: Artifact) -> None:
     assert "`cousin`, not the checkpoint this was made from" in text
     assert "leave the quantization of activations out for experts" in text
     assert "Verification is incomplete" in text and "The speed gate of the recipe is not proven" in text
-    assert "That SGLang load it rests on reading" in text
+    assert "That SGLang loads it rests on reading its source, not on a run." in text
 
 
 def test_the_same_evidence_gives_the_same_bytes_from_any_folder(full: Artifact, tmp_path: Path) -> None:
@@ -412,6 +412,173 @@ def test_tables_are_whole(full: Artifact) -> None:
         assert width is None or cells is None or cells == width, line
         width = cells
     assert r"66 tensors \| 1 shard" in readme(full)
+
+
+MIXED = "w4a16-fp8-down"
+
+
+def cells(text: str, *start: str) -> list[list[str]]:
+    """The rows of the tables that begin with these cells."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row[: len(start)] == list(start)]
+
+
+@pytest.fixture(scope="module")
+def mixed_card(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, MIXED, tmp_path_factory.mktemp("card") / "mixed"))
+    card(artifact, "acme/mixed")
+    return artifact
+
+
+def test_a_card_of_several_schemes_describes_each(mixed_card: Artifact) -> None:
+    text = readme(mixed_card)
+    assert "quantized to W4A16 and FP8_DYNAMIC: " in text
+    assert cells(text, "Schemes") == [["Schemes", "W4A16 and FP8_DYNAMIC"]]
+    assert cells(text, "Weights of W4A16 layers")[0][1] == "int4, one scale per 128 columns"
+    assert cells(text, "Activations of W4A16 layers")[0][1] == "not quantized"
+    assert cells(text, "Weights of FP8_DYNAMIC layers")[0][1] == "FP8 (E4M3), one scale per row"
+    assert cells(text, "Activations of FP8_DYNAMIC layers")[0][1] == "FP8 (E4M3), one scale per token, at run time"
+    assert not cells(text, "Weights of quantized layers") and not cells(text, "Activations there")
+    assert cells(text, "Format")[0][1].endswith("(quantpub layouts `ct-pack` and `ct-float`)")
+    assert front_matter(mixed_card)["tags"] == [
+        "quantized", "w4a16", "fp8-dynamic", "int4", "fp8", "compressed-tensors", "vllm", "sglang",
+    ]  # fmt: skip
+    assert check(mixed_card) == []
+
+
+def test_a_card_of_several_schemes_has_kernels_for_each(mixed_card: Artifact) -> None:
+    text = section(readme(mixed_card), "Use")
+    assert "| Engine | For | Version | GPU | Kernel | Known by |" in text
+    assert ["vLLM", "W4A16", "0.25.1", "sm90", "Machete", "seen"] in cells(text, "vLLM")
+    assert ["vLLM", "FP8_DYNAMIC", "0.25.1", "sm90", "CUTLASS FP8", "seen"] in cells(text, "vLLM")
+    assert [row[1] for row in cells(text, "SGLang") if len(row) == 4] == ["W4A16", "FP8_DYNAMIC"]
+
+
+def own_recipe(folder: Path, text: str) -> str:
+    path = folder / "own.yaml"
+    path.write_text(f"description: a recipe of a test\nignore: [lm_head]\n{text}\n")
+    return str(path)
+
+
+def test_a_treatment_that_no_weight_had_is_not_described(tmp_path: Path) -> None:
+    """A rule for every linear: of the recipe's own int4 nothing is in the file."""
+    every = "rules: [{match: 're:.*', scheme: FP8_DYNAMIC, algorithm: {name: fp8}}]"
+    recipe = own_recipe(tmp_path, f"scheme: W4A16\nalgorithm: {{name: rtn}}\n{every}\nengines: {{vllm: ct-pack}}")
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, recipe, tmp_path / "a"))
+    card(artifact)
+    text = readme(artifact)
+    assert "quantized to FP8_DYNAMIC: " in text and cells(text, "Scheme") == [["Scheme", "FP8_DYNAMIC"]]
+    assert front_matter(artifact)["tags"][1:3] == ["fp8-dynamic", "fp8"]
+    kernels = [row[-2] for row in cells(section(text, "Use"), "vLLM", "0.25.1", "sm90")]
+    assert kernels == ["CUTLASS FP8"]
+    assert not re.search(r"W4A16|int4|Machete", text.split("```yaml")[0].split("# ", 1)[1])
+
+
+def test_two_group_sizes_of_one_scheme_are_told_apart(tmp_path: Path) -> None:
+    rule = "rules: [{match: 're:.*down_proj', scheme: W4A16, group_size: 64}]"
+    recipe = own_recipe(tmp_path, f"scheme: W4A16\nalgorithm: {{name: rtn}}\n{rule}\nengines: {{vllm: ct-pack}}")
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, recipe, tmp_path / "a"))
+    card(artifact)
+    assert "quantized to W4A16 in groups of 128 and W4A16 in groups of 64: " in readme(artifact)
+
+
+def save_moe(folder: Path) -> Path:
+    """A layer of Qwen3-MoE, random, with attention."""
+    import torch
+    from safetensors.torch import save_file
+
+    at = "model.layers.0."
+    names = [f"self_attn.{p}_proj" for p in "qkvo"]
+    names += [f"mlp.experts.{e}.{p}_proj" for e in range(2) for p in ("gate", "up", "down")]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{at}{name}.weight": torch.randn(128, 128, generator=generator).bfloat16() for name in names}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts_per_tok": 2}))
+    return folder
+
+
+def test_experts_have_kernels_of_their_own_on_the_card(tmp_path: Path) -> None:
+    artifact = Artifact.open(make_artifact(save_moe(tmp_path / "m"), "w4a16", tmp_path / "a", "ct-pack"))
+    card(artifact)
+    text = section(readme(artifact), "Use")
+    assert ["vLLM", "W4A16", "0.25.1", "sm90", "Machete", "seen"] in cells(text, "vLLM")
+    assert ["vLLM", "W4A16, experts", "0.25.1", "sm90", "Marlin MoE", "seen"] in cells(text, "vLLM")
+    assert front_matter(artifact)["tags"] == ["quantized", "w4a16", "int4", "compressed-tensors", "vllm", "sglang"]
+
+
+def test_an_engine_that_refuses_experts_is_not_on_the_card(tmp_path: Path) -> None:
+    artifact = Artifact.open(make_artifact(save_moe(tmp_path / "m"), "int8-dynamic", tmp_path / "a"))
+    card(artifact)
+    assert artifact.run()["engines"] == ["vllm", "transformers"]
+    assert "vllm serve" in readme(artifact) and "sglang" not in readme(artifact).split("```yaml")[0]
+
+
+def test_an_engine_that_would_merge_within_a_block_is_not_on_the_card(tmp_path: Path) -> None:
+    """The demo's k_proj has 64 rows, half a block of FP8, and v_proj follows it in the merged weight."""
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, "fp8-block", tmp_path / "a"))
+    card(artifact)
+    assert artifact.run()["engines"] == ["transformers"]
+    assert "vllm serve" not in readme(artifact) and "AutoModelForCausalLM" in readme(artifact)
+
+
+def test_a_layout_that_the_recipe_gives_no_engine_is_offered_to_those_that_load_it(tmp_path: Path) -> None:
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, "w4a16", tmp_path / "a", "gptq"))
+    card(artifact, "me/x")
+    assert artifact.run()["engines"] == ["vllm", "sglang", "transformers"]
+    assert "vllm serve me/x" in readme(artifact) and cells(section(readme(artifact), "Use"), "SGLang")
+
+
+def test_a_card_without_an_engine_says_so(bare: Artifact) -> None:
+    bare.write(".quantpub/run.json", json.dumps(bare.run() | {"engines": []}).encode())
+    card(bare)
+    assert "No engine is known to load it." in section(readme(bare), "Use")
+    assert "| Engine |" not in readme(bare)
+
+
+def test_what_was_seen_is_said_of_the_scheme_that_was(tmp_path: Path) -> None:
+    """vLLM loaded torchao-tile here with a floating-point zero; without one it did not."""
+    words = {}
+    for recipe in ("int4-hqq-tile", "w4a16"):
+        artifact = Artifact.open(make_artifact(DEMO_MODEL, recipe, tmp_path / recipe, "torchao-tile"))
+        card(artifact)
+        words[recipe] = cells(section(readme(artifact), "Use"), "vLLM")[0][2], section(readme(artifact), "Limitations")
+    assert words["int4-hqq-tile"][0].startswith("seen: 0.25.1 on an H200 (docs/evidence/")
+    assert words["w4a16"][0].startswith("read: ") and "That vLLM and transformers load it rests on" in words["w4a16"][1]
+    assert "rests on reading" not in words["int4-hqq-tile"][1]
+
+
+def test_a_failed_verification_names_no_path(bare: Artifact) -> None:
+    from quantpub.verify.run import verify
+
+    (bare.path / "model.safetensors").write_bytes(b"short")
+    (bare.path / "tokenizer.json").unlink()
+    evidence = verify(bare, str(DEMO_MODEL))
+    failed = [check["detail"] for check in evidence["checks"] if check["status"] == "failed"]
+    text = (bare.meta / "verify.json").read_text()
+    assert failed and str(bare.path) not in text and "/tmp" not in text and str(ROOT) not in text
+    assert any(detail.startswith("model.safetensors: ") for detail in failed), failed
+    card(bare)
+    assert not [reason for reason in check(bare) if "local path" in reason]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("[Errno 2] No such file or directory: '{a}/.quantpub/plan.jsonl'", "'.quantpub/plan.jsonl'"),
+        ("{a}/model.safetensors: the file is cut off", "model.safetensors: the file is cut off"),
+        ("/elsewhere/on/a/disk/x.json is missing", "x.json is missing"),
+        ("{s}/model.safetensors became shorter", "model.safetensors became shorter"),
+        ("128 / 2 columns, a/b and ./c", "128 / 2 columns, a/b and ./c"),
+    ],
+)
+def test_paths_in_a_finding_become_names(text: str, left: str, bare: Artifact) -> None:
+    from quantpub.checkpoint import open_checkpoint
+    from quantpub.verify.base import Subject
+    from quantpub.verify.run import _nameless
+
+    subject = Subject(bare, open_checkpoint(str(DEMO_MODEL)))
+    assert _nameless(text.format(a=bare.path, s=DEMO_MODEL), subject).endswith(left)
 
 
 def test_a_repo_id_must_be_one(bare: Artifact) -> None:

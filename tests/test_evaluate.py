@@ -253,6 +253,18 @@ def test_activations_that_cannot_be_rounded_are_reported(
     assert evidence["verdict"]["gate"] == "no gate" and check_gate(evidence) is None
 
 
+def test_only_activations_of_treatments_in_use_are_claimed(tmp_path: Path) -> None:
+    """A rule takes every linear: of the recipe's own FP8 nothing is left to round."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "description: x\nscheme: FP8_DYNAMIC\nalgorithm: {name: fp8}\nignore: [lm_head]\nengines: {vllm: ct-float}\n"
+        "rules: [{match: 're:.*', scheme: W4A16, algorithm: {name: rtn}}]\n"
+    )
+    artifact = make_artifact(DEMO_MODEL, str(recipe), tmp_path / "a")
+    assert len(Decoder(Artifact.open(artifact)).treatments) == 2
+    assert run(artifact, windows=1)["activations"] == {"quantized": [], "not_emulated": []}
+
+
 def test_the_evidence_is_sealed_says_what_made_it_and_names_no_path(fp8: Path, tmp_path: Path) -> None:
     folder, seen = Path(shutil.copytree(fp8, tmp_path / "a")), list[tuple[int, int]]()
     evidence = run(folder, batch=3, progress=lambda n, total: seen.append((n, total)))

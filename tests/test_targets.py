@@ -10,17 +10,21 @@ import pytest
 from conftest import DEMO_MODEL, ROOT, make_artifact, run_cli, save_llama
 
 from quantpub import advice
-from quantpub.advice import Case, notes, weights
+from quantpub.advice import Case, Weight, notes, refusal, weights
+from quantpub.checkpoint import open_checkpoint
+from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.hardware import EFFECTS, GENERATIONS, NEXT, TILES, misfit
 from quantpub.kernel_rows import ROWS
-from quantpub.kernel_tables import SEEN, UNKNOWN, by_outcome, expected, hardware_rows
+from quantpub.kernel_tables import SEEN, UNKNOWN, basis, by_outcome, engine_table, expected, hardware_rows, loaded
 from quantpub.layouts import LAYOUTS
 from quantpub.measured import INT4_DEVICE, INT4_EVIDENCE, INT4_H200, KERNELS, pays_up_to, table
-from quantpub.recipe import load_recipe
+from quantpub.plan import engines_of, make_plan, require_runnable, summary
+from quantpub.recipe import Recipe, load_recipe
 from quantpub.registry import load
 from quantpub.scheme import PRESETS, preset
-from quantpub.targets import TARGETS, VERSIONS, engine_table, unloadable
+from quantpub.targets import TARGETS, VERSIONS, unloadable
+from quantpub.treatments import make_treatments
 
 CELLS = [
     (engine, version, layout, scheme, generation, experts)
@@ -43,7 +47,7 @@ def test_every_layout_is_loaded_or_refused_with_a_reason_and_a_source(engine: st
     target = TARGETS[engine]
     assert set(target.loads) | set(target.refuses) == set(LAYOUTS)
     assert not set(target.loads) & set(target.refuses)
-    assert all(loads.versions and loads.source.startswith(("seen: ", "read: ")) for loads in target.loads.values())
+    assert all(loads.versions and loads.source.startswith("read: ") for loads in target.loads.values())
     assert all(refusal.reason and refusal.source.startswith("read: ") for refusal in target.refuses.values())
 
 
@@ -125,14 +129,88 @@ def test_every_layout_and_scheme_that_an_engine_loads_has_a_kernel_somewhere() -
                     assert any(cell.kernel for cell in cells), f"{engine} {layout} {scheme}"
 
 
-@pytest.mark.parametrize("run", SEEN, ids=lambda run: f"{run.scheme}-{run.kernel}")
+RUNS = [run for run in SEEN if run.engine == "vllm"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.checkpoint}-{run.scheme}{'-experts' * run.experts}")
 def test_what_was_seen_is_in_the_evidence(run: Any) -> None:
+    """The evidence has the very checkpoint, of a recipe that makes weights of that scheme in that layout."""
     evidence = json.loads((ROOT / run.evidence).read_text())
-    said = [line for checkpoint in evidence["checkpoints"].values() for line in checkpoint["kernels"]]
-    assert any(line.startswith(run.said) for line in said)
+    said = evidence["checkpoints"][run.checkpoint]["kernels"]
+    assert evidence["checkpoints"][run.checkpoint]["perplexity"] < 6 and ("moe" in run.evidence) >= run.experts
+    assert (run.layout, run.scheme) in kinds_of(run.checkpoint)
     assert evidence["versions"][run.engine] == run.version and "H200" in evidence["gpu"] and run.generation == "sm90"
-    cell = expected(run.engine, run.version, run.layout, run.scheme, run.generation, run.experts)
-    assert cell.seen and cell.kernel == run.kernel
+    if run.kernel:
+        assert any(line.startswith(run.said) for line in said)
+        cell = expected(run.engine, run.version, run.layout, run.scheme, run.generation, run.experts)
+        assert cell.seen and cell.kernel == run.kernel
+
+
+def kinds_of(checkpoint: str) -> set[tuple[str, str]]:
+    """(layout, scheme) of what a recipe's treatments make, of a checkpoint named by recipe and layout."""
+    layout = next(name for name in sorted(LAYOUTS, key=len, reverse=True) if checkpoint.endswith(f"-{name}"))
+    treatments = make_treatments(load_recipe(checkpoint.removesuffix(f"-{layout}")), layout)
+    return {(treatment.layout.name, treatment.scheme.name) for treatment in treatments}
+
+
+@pytest.mark.parametrize("evidence", sorted({run.evidence for run in RUNS}))
+def test_every_checkpoint_of_the_evidence_is_seen(evidence: str) -> None:
+    for checkpoint in json.loads((ROOT / evidence).read_text())["checkpoints"]:
+        for kind in kinds_of(checkpoint) if checkpoint != "bf16" else ():
+            assert loaded("vllm", [(*kind, "moe" in evidence)]), (checkpoint, kind)
+
+
+def test_what_transformers_opened_is_what_the_tests_open() -> None:
+    partners = {
+        (layout, load_recipe(path.stem).scheme)
+        for path in (ROOT / "recipes").glob("*.yaml")
+        if (layout := load_recipe(path.stem).engines.get("transformers", "")).startswith("ct-")
+    }
+    runs = [run for run in SEEN if run.engine == "transformers"]
+    assert {(run.layout, run.scheme) for run in runs if run.evidence == "tests/test_partners.py"} == partners
+    assert all((ROOT / run.evidence).is_file() for run in runs)
+    tile = json.loads((ROOT / "docs/evidence/h200-torchao-pycode-llama-28m.json").read_text())
+    (torchao,) = [run for run in runs if run.layout == "torchao-tile"]
+    assert f"dense-{torchao.checkpoint}" in tile["rows"]
+    assert tile["made_by"]["versions"]["transformers"] == torchao.version and "H200" in tile["made_by"]["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "seen"),
+    [
+        ("vllm", ("torchao-tile", "W4A16_FLOAT_ZERO", False), True),
+        ("vllm", ("torchao-tile", "W4A16", False), False),
+        ("vllm", ("gptq", "W4A16", False), True),
+        ("vllm", ("gptq", "W8A16", False), False),
+        ("vllm", ("awq", "W4A16", False), False),
+        ("vllm", ("modelopt-nvfp4", "NVFP4A16", False), True),
+        ("vllm", ("ct-nvfp4", "NVFP4", False), False),
+        ("vllm", ("ct-float", "FP8_BLOCK", False), True),
+        ("vllm", ("ct-float", "FP8", False), False),
+        ("vllm", ("hf-fp8", "FP8_BLOCK", True), False),
+        ("vllm", ("ct-pack", "W8A16", True), False),
+        ("transformers", ("ct-float", "FP8_BLOCK", False), False),
+        ("transformers", ("ct-pack", "W4A16", True), True),
+        ("sglang", ("ct-pack", "W4A16", False), False),
+    ],
+)
+def test_seen_is_said_of_one_kind_of_weights(engine: str, kind: tuple[str, str, bool], seen: bool) -> None:
+    assert bool(loaded(engine, [kind])) is seen
+    assert basis(engine, kind).startswith("seen: " if seen else "read: ")
+
+
+def test_fp8_blocks_were_seen_without_deepgemm() -> None:
+    """The engine's own choice was switched off: the run is no word on which kernel it takes."""
+    for layout in ("hf-fp8", "ct-float"):
+        assert "with DeepGEMM, its own choice, switched off" in basis("vllm", (layout, "FP8_BLOCK", False))
+        assert expected("vllm", "0.25.1", layout, "FP8_BLOCK", "sm90").source.startswith("read: ")
+
+
+def test_a_mixture_was_seen_where_one_checkpoint_held_it() -> None:
+    int4, fp8, fp4 = ("ct-pack", "W4A16", False), ("ct-float", "FP8_DYNAMIC", False), ("ct-nvfp4", "NVFP4A16", False)
+    assert {run.checkpoint for run in loaded("vllm", [int4, fp8])} == {"w4a16-fp8-down-ct-pack"}
+    assert loaded("vllm", [int4, ("ct-pack", "W4A16", True)])
+    assert loaded("vllm", [int4]) and loaded("vllm", [fp4]) and not loaded("vllm", [int4, fp4])
 
 
 @pytest.mark.parametrize(
@@ -237,8 +315,8 @@ def test_where_a_kernel_stops_paying_is_the_last_m_before_it_first_lost() -> Non
         assert speeds[min(m for m in speeds if m > last)] <= 1
 
 
-def about(layout: str, scheme: str, *engines: str, algorithm: str = "rtn", experts: bool = False) -> set[str]:
-    case = Case(frozenset({layout}), frozenset({scheme}), frozenset({algorithm}), engines, experts)
+def about(layout: str, scheme: str, *engines: str, algorithm: str = "rtn", tuned: bool = False) -> set[str]:
+    case = Case(frozenset({layout}), frozenset({scheme}), frozenset({algorithm}), engines, tuned)
     return {note["id"] for note in notes(case)}
 
 
@@ -248,6 +326,7 @@ def about(layout: str, scheme: str, *engines: str, algorithm: str = "rtn", exper
         ("torchao-tile", "W4A16_FLOAT_ZERO", {"tile-packed-batch", "tile-packed-limits"}),
         ("ct-pack", "W4A16", {"int4-large-batch"}),
         ("gptq", "W4A16", {"int4-large-batch"}),
+        ("ct-pack", "W4A16_ASYM", {"int4-large-batch", "machete-zero"}),
         ("ct-pack", "W8A16", set()),
         ("ct-float", "FP8_DYNAMIC", {"online-fp8"}),
         ("hf-fp8", "FP8_BLOCK", {"online-fp8"}),
@@ -263,16 +342,118 @@ def test_notes_appear_where_they_must_and_nowhere_else(layout: str, scheme: str,
     assert about(layout, scheme, "vllm", algorithm="fp8" if "FP8" in scheme else "rtn") == expected_ids
 
 
-def test_notes_that_hang_on_engine_algorithm_or_experts() -> None:
+def test_notes_that_hang_on_engine_or_algorithm() -> None:
     assert about("ct-float", "FP8_DYNAMIC", "tensorrt-llm", algorithm="fp8") == set()
     assert about("ct-float", "FP8_DYNAMIC", "vllm", algorithm="gptq") == set()
     assert about("bnb-int8", "LLM_INT8", "transformers") == set()
-    assert "experts-refused" in about("torchao-tile", "W4A16", "vllm", experts=True)
-    assert "experts-refused" not in about("ct-pack", "W4A16", "transformers", experts=True)
+    assert about("ct-float", "FP8_DYNAMIC", "vllm", algorithm="fp8", tuned=True) == set()
+    assert about("ct-pack", "W4A16_ASYM", "sglang") == {"int4-large-batch"}
+
+
+@pytest.mark.parametrize("schemes", [{"FP8_DYNAMIC", "W4A16"}, {"FP8_DYNAMIC", "FP8_BLOCK"}])
+def test_no_flag_makes_two_schemes(schemes: set[str]) -> None:
+    case = Case(frozenset({"ct-float"}), frozenset(schemes), frozenset({"fp8"}), ("vllm",))
+    assert "online-fp8" not in {note["id"] for note in notes(case)}
+
+
+def test_the_online_note_claims_the_format_not_the_weights() -> None:
+    source, plain = open_checkpoint(str(DEMO_MODEL)), load_recipe("fp8-dynamic")
+    said = {note["id"]: note["note"] for note in summary(make_plan(source, plain, "ct-float"))["notes"]}
+    assert "weights of the same format" in said["online-fp8"] and "the same weights" not in said["online-fp8"]
+    tuned = plain.model_copy(update={"algorithm": {"name": "fp8", "row_search": True}})
+    assert "online-fp8" not in {note["id"] for note in summary(make_plan(source, tuned, "ct-float"))["notes"]}
+
+
+def test_the_note_on_machetes_zero_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "docs/evidence/h200-kernels-pycode-llama-28m.json").read_text())["rows"]
+    worst = {
+        kernel: max(
+            r["largest_difference_bf16_ulp"] for r in rows if (r["scheme"], r["kernel"]) == ("W4A16_ASYM", kernel)
+        )
+        for kernel in ("machete", "marlin")
+    }
+    assert worst == {"machete": 1, "marlin": 0}
+
+
+def half_blocks(tmp_path: Path) -> Any:
+    """k_proj has 64 rows, half a block of FP8, and v_proj follows it."""
+    return open_checkpoint(str(save_llama(tmp_path / "m")))
+
+
+def test_an_engine_that_merges_within_a_block_is_refused(tmp_path: Path) -> None:
+    plan = make_plan(half_blocks(tmp_path), load_recipe("fp8-block"), "hf-fp8")
+    found = engines_of(plan)
+    assert found["transformers"] is None and not plan.rejections
+    for engine in ("vllm", "sglang", "tensorrt-llm"):
+        assert "self_attn.k_proj: 64 out_features end within a block of 128" in str(found[engine])
+    facts = summary(plan)
+    assert {entry["engine"] for entry in facts["kernels"]} == {"transformers"}
+    assert facts["engines"]["transformers"] == "ok" and "64 out_features" in facts["engines"]["vllm"]
+
+
+def test_a_checkpoint_that_no_engine_in_question_loads_is_rejected(tmp_path: Path) -> None:
+    recipe = load_recipe("fp8-block").model_copy(update={"engines": {"vllm": "hf-fp8"}})
+    plan = make_plan(half_blocks(tmp_path), recipe, "hf-fp8")
+    assert len(plan.rejections) == 3 * 7
+    with pytest.raises(InputError, match="64 out_features end within a block of 128"):
+        require_runnable(plan)
+
+
+def test_padding_of_tiles_keeps_no_engine_from_one_gpu() -> None:
+    """vLLM loaded tiles of 512 and 1408 columns here: only over several GPUs must they be multiples of 1024."""
+    plan = make_plan(open_checkpoint(str(DEMO_MODEL)), load_recipe("int4-hqq-tile"), "torchao-tile")
+    assert engines_of(plan) == {"transformers": None, "vllm": None}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout", "loading"),
+    [
+        ("w4a16", "gptq", {"vllm", "sglang", "transformers"}),
+        ("w4a16", "torchao-tile", {"vllm", "transformers"}),
+        ("w8a16", "gptq", {"vllm", "sglang", "transformers"}),
+        ("nvfp4a16", "modelopt-nvfp4", {"tensorrt-llm"}),
+        ("w4a16-fp8-down", "ct-pack", {"vllm", "sglang"}),
+    ],
+)
+def test_engines_of_a_plan(recipe: str, layout: str, loading: set[str]) -> None:
+    """The recipe's own for the layout; all that load it where the recipe names none."""
+    found = engines_of(make_plan(open_checkpoint(str(DEMO_MODEL)), load_recipe(recipe), layout))
+    assert {engine for engine, reason in found.items() if reason is None} == loading
+
+
+def test_each_scheme_in_use_is_asked_about() -> None:
+    """TensorRT-LLM loads the recipe's own FP8, not the int4 of its rule; of transformers only one scheme can be."""
+    rules = [{"match": r"re:.*down_proj", "scheme": "W4A16", "algorithm": {"name": "rtn"}}]
+    engines = {"vllm": "ct-float", "tensorrt-llm": "ct-float"}
+    recipe = Recipe.model_validate(load_recipe("fp8-dynamic").model_dump() | {"rules": rules, "engines": engines})
+    found = engines_of(make_plan(open_checkpoint(str(DEMO_MODEL)), recipe, "ct-float"))
+    assert found["vllm"] is None and "weight-only int4 has none" in str(found["tensorrt-llm"])
+    weights_ = [
+        Weight("a", 128, 128, preset(s), layout) for s, layout in (("FP8_DYNAMIC", "ct-float"), ("W4A16", "ct-pack"))
+    ]
+    assert "by the first group" in str(refusal("transformers", weights_, None))
+    assert refusal("transformers", weights_[:1], None) is None
+
+
+def test_an_engine_asked_for_that_cannot_load_it_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m")
+    for command in (["plan", model], ["quantize", model, "-o", tmp_path / "a"]):
+        ran = run_cli(*command, "-r", "fp8-block", "--engine", "vllm")
+        assert ran.code == 3 and "vllm cannot load it" in ran.err and "64 out_features" in ran.err
+        assert ran.err.count("\n") == 1 and "without --engine vllm it is written for transformers; or" in ran.err
+    assert not (tmp_path / "a").exists()
+    assert run_cli("plan", model, "-r", "fp8-block", "--engine", "transformers").code == 0
+    shown = run_cli("plan", model, "-r", "fp8-block").out
+    assert "engines          transformers\n" in shown and "engines          not vllm: " in shown
+
+
+def test_the_plan_names_every_scheme() -> None:
+    shown = run_cli("plan", DEMO_MODEL, "-r", "w4a16-fp8-down").out
+    assert "w4a16-fp8-down (W4A16 and FP8_DYNAMIC) as ct-pack" in shown
 
 
 def test_the_tile_packed_note_has_the_measured_figures() -> None:
-    text = next(n["note"] for n in notes(Case(frozenset({"torchao-tile"}), frozenset(), frozenset(), (), False)))
+    text = next(n["note"] for n in notes(Case(frozenset({"torchao-tile"}), frozenset(), frozenset(), ())))
     assert f"up to {pays_up_to('tinygemm')} tokens" in text and INT4_DEVICE in text
     assert f"{dict(table('tinygemm'))[4096]:.2f}× at 4096" in text
 
@@ -339,7 +520,7 @@ def test_transformers_opens_what_its_table_calls_seen(recipe: str, layout: str, 
     from quantpub.qtensor import dequantize
 
     folder = make_artifact(DEMO_MODEL, recipe, tmp_path / "a", layout)
-    assert TARGETS["transformers"].loads[layout].seen
+    assert loaded("transformers", [(layout, load_recipe(recipe).scheme, False)])
     plain = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=plain)
     decoder, weights = Decoder(Artifact.open(folder)), model.state_dict()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
+from quantpub.gemms import EXPERT
 from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
 NAMES = {"int4": "int4", "int8": "int8", "fp4_e2m1": "FP4 (E2M1)", "fp8_e4m3": "FP8 (E4M3)"}
@@ -29,9 +31,35 @@ class Component:
     shapes: set[tuple[int, ...]] = field(default_factory=set)
 
 
-def components(artifact: Artifact) -> list[Component]:
+@dataclass(frozen=True)
+class Use:
+    """Quantized weights of one scheme in one layout; experts apart, since engines have other kernels for them."""
+
+    scheme: Scheme
+    layout: str
+    experts: bool
+
+    @property
+    def kind(self) -> tuple[str, str, bool]:
+        return self.layout, self.scheme.name, self.experts
+
+
+def uses(decoder: Decoder) -> list[Use]:
+    """What the plan's treatments were really used for, in their order."""
+    found = {(decoder.place(module), EXPERT.search(f"{module}.") is not None) for module, _ in decoder.modules()}
+    treated = [(decoder.treatments[place], experts) for place, experts in sorted(found)]
+    return list(dict.fromkeys(Use(t.scheme, t.layout.name, experts) for t, experts in treated))
+
+
+def scheme_names(found: Sequence[Use]) -> dict[Scheme, str]:
+    """Scheme → its name; with the columns of a group where two schemes have one name."""
+    schemes = list(dict.fromkeys(use.scheme for use in found))
+    twice = {a.name for i, a in enumerate(schemes) for b in schemes[:i] if a.name == b.name}
+    return {s: f"{s.name} in groups of {s.group_size}" if s.name in twice else s.name for s in schemes}
+
+
+def components(artifact: Artifact, decoder: Decoder) -> list[Component]:
     """Every component, quantized ones first. Errors: InputError where config.json and the plan disagree."""
-    decoder = Decoder(artifact)
     _require_agreement(artifact, decoder)
     found: dict[tuple[str, str], Component] = {}
     for line in decoder.actions:

@@ -5,17 +5,18 @@ Evidence of another version may lack a key: what is absent is left out, never fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantpub.artifact import Artifact
-from quantpub.card.components import Component, activation_words, components
+from quantpub.card.components import Component, Use, activation_words, components, precision, scheme_names, uses
 from quantpub.card.limits import limits
+from quantpub.decode import Decoder
 from quantpub.errors import InputError
-from quantpub.kernel_tables import hardware_rows
+from quantpub.kernel_tables import basis, hardware_rows, loaded
 from quantpub.plots import speedups, sqnr
 from quantpub.scheme import ActFormat
-from quantpub.targets import TARGETS, Loads, unloadable
+from quantpub.targets import TARGETS, unloadable
 
 STAGES = ("verify", "profile", "eval")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -28,7 +29,8 @@ def facts(artifact: Artifact, repo_id: str | None) -> Facts:
     """Everything the template needs. Errors: InputError when an evidence file is damaged."""
     run = artifact.run()
     evidence = {stage: read(artifact, stage) for stage in STAGES}
-    parts = components(artifact)
+    decoder = Decoder(artifact)
+    parts, used = components(artifact, decoder), uses(decoder)
     source, made = run["source"], run["stages"]["quantize"]
     name = repo_id.split("/")[-1] if repo_id else f"{base_name(source).split('/')[-1]}-{run['recipe']}"
     found = {
@@ -38,10 +40,12 @@ def facts(artifact: Artifact, repo_id: str | None) -> Facts:
         "run": run,
         "source": source,
         "base": base_name(source),
-        "front": front_matter(artifact, run),
-        "summary": summary(artifact, run, made, parts),
+        "front": front_matter(artifact, run, used),
+        "schemes": list(scheme_names(used).values()),
+        "summary": summary(artifact, run, made, used),
         "components": [_component(part) for part in parts],
-        "engines": engines(run),
+        "engines": engines(run, used),
+        "purpose": ["For"] if len(used) > 1 else [],
         "tensor_parallel": made.get("tensor_parallel", {}),
         "recipe": (artifact.meta / "recipe.yaml").read_text("utf-8").rstrip(),
         "made": made,
@@ -72,15 +76,14 @@ def base_name(source: Mapping[str, Any]) -> str:
     return str(source.get("repo") or source.get("name"))
 
 
-def front_matter(artifact: Artifact, run: Mapping[str, Any]) -> Facts:
+def front_matter(artifact: Artifact, run: Mapping[str, Any], used: Sequence[Use]) -> Facts:
     """The metadata the Hub reads, in a fixed order, known values only: nothing is guessed, a licence least of all."""
     source, config = run["source"], artifact.config()
     method = (config.get("quantization_config") or {}).get("quant_method")
-    scheme = run["scheme"]
     tags = [
         "quantized",
-        scheme["name"].lower().replace("_", "-"),
-        scheme["weight"]["num"].split("_")[0],
+        *(use.scheme.name.lower().replace("_", "-") for use in used),
+        *(use.scheme.weight.num.split("_")[0] for use in used),
         method,
         *(engine for engine in run.get("engines", []) if engine != "transformers"),
     ]
@@ -95,17 +98,15 @@ def front_matter(artifact: Artifact, run: Mapping[str, Any]) -> Facts:
     }
 
 
-def summary(artifact: Artifact, run: Facts, made: Facts, parts: list[Component]) -> list[tuple[str, str]]:
+def summary(artifact: Artifact, run: Facts, made: Facts, used: Sequence[Use]) -> list[tuple[str, str]]:
     """The table at the top, as (label, value)."""
     config = artifact.config().get("quantization_config") or {}
-    first = next((part for part in parts if part.activations != "–"), None)
-    rows = [("Base model", _base(run["source"])), ("Scheme", run["scheme"]["name"])]
-    if first:
-        rows += [("Weights of quantized layers", first.weights), ("Activations there", first.activations)]
+    rows = [("Base model", _base(run["source"])), *_scheme_rows(used)]
+    if used:
         rows += [("Bits per quantized weight, scales included", f"{made['bits_per_quantized_weight']:.3f}")]
     rows += [
         ("KV cache", "not quantized" if config.get("kv_cache_scheme") is None else "quantized"),
-        ("Format", _format(config, run)),
+        ("Format", _format(config, run, used)),
         ("Parameters", f"{made['parameters']:,}, of which {made['quantized_parameters']:,} quantized"),
         ("Bits per parameter, whole checkpoint", f"{made['bits_per_weight']:.3f}"),
         (
@@ -117,9 +118,23 @@ def summary(artifact: Artifact, run: Facts, made: Facts, parts: list[Component])
     return rows
 
 
-def _format(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def _scheme_rows(used: Sequence[Use]) -> list[tuple[str, str]]:
+    """The schemes in use, and of each its weights and its activations."""
+    names = scheme_names(used)
+    rows = [("Scheme" if len(names) == 1 else "Schemes", " and ".join(names.values()) or "nothing is quantized")]
+    for scheme, name in names.items():
+        weights, activations = precision(scheme)
+        one = len(names) == 1
+        rows += [("Weights of quantized layers" if one else f"Weights of {name} layers", weights)]
+        rows += [("Activations there" if one else f"Activations of {name} layers", activations)]
+    return rows
+
+
+def _format(config: Mapping[str, Any], run: Mapping[str, Any], used: Sequence[Use]) -> str:
     form = next((f" `{config[key]}`" for key in ("format", "quant_algo", "version") if config.get(key)), "")
-    return f"{config.get('quant_method')}{form} (quantpub layout `{run['layout']}`)"
+    layouts = list(dict.fromkeys(use.layout for use in used)) or [run["layout"]]
+    named = " and ".join(f"`{layout}`" for layout in layouts)
+    return f"{config.get('quant_method')}{form} (quantpub layout{'s' * (len(layouts) > 1)} {named})"
 
 
 def _base(source: Mapping[str, Any]) -> str:
@@ -146,23 +161,28 @@ def _component(part: Component) -> Facts:
     }
 
 
-def engines(run: Mapping[str, Any]) -> list[Facts]:
-    """The engines that load this layout: versions, whether that was seen or read, packages, and kernels by GPU."""
-    layout, scheme = run["layout"], run["scheme"]["name"]
-    names = [name for name in run.get("engines", []) if name in TARGETS and not unloadable(name, layout, scheme)]
-    return [_engine(name, TARGETS[name].summary, TARGETS[name].loads[layout], layout, scheme) for name in names]
+def engines(run: Mapping[str, Any], used: Sequence[Use]) -> list[Facts]:
+    """The engines that run.json names: for each kind of weights versions, how that is known, and kernels by GPU."""
+    names = [name for name in run.get("engines", []) if name in TARGETS]
+    return [_engine(name, used) for name in names if not any(unloadable(name, *use.kind) for use in used)]
 
 
-def _engine(name: str, title: str, loads: Loads, layout: str, scheme: str) -> Facts:
+def _engine(name: str, used: Sequence[Use]) -> Facts:
+    target = TARGETS[name]
+    words = {use: [_purpose(use, used)] if len(used) > 1 else [] for use in used}
     return {
         "id": name,
-        "title": title,
-        "versions": loads.versions,
-        "basis": loads.source,
-        "seen": loads.seen,
-        "needs": list(loads.needs),
-        "kernels": [list(row) for row in hardware_rows(name, layout, scheme)],
+        "title": target.summary,
+        "seen": bool(loaded(name, [use.kind for use in used])),
+        "needs": list(dict.fromkeys(package for use in used for package in target.loads[use.layout].needs)),
+        "loads": [[*words[use], target.loads[use.layout].versions, basis(name, use.kind)] for use in used],
+        "kernels": [[*words[use], *row] for use in used for row in hardware_rows(name, *use.kind)],
     }
+
+
+def _purpose(use: Use, used: Sequence[Use]) -> str:
+    """What a row is for. A scheme can have two layouts in no checkpoint: `treatments._beside`."""
+    return scheme_names(used)[use.scheme] + (", experts" if use.experts else "")
 
 
 def measured(figure: Mapping[str, Any], digits: int, scale: float = 1, unit: str = "") -> str:
@@ -268,11 +288,11 @@ def _made_by(evidence: Mapping[str, Any]) -> str:
 
 def headline(found: Facts) -> str:
     """One sentence of measured figures."""
-    made, kind = found["made"], found["run"]["scheme"]["name"]
+    made, kind = found["made"], " and ".join(found["schemes"])
     said = [
         f"{made['bits_per_weight']:.2f} bits per parameter",
         f"{size(made['output_bytes'])} of weights in place of {size(made['source_bytes'])}",
     ]
     if found["quality"] and found["quality"]["kl"]:
         said.append(f"KL to the base {measured(found['quality']['kl'], 4)} nats per token")
-    return f"`{found['base']}` quantized to {kind}: {', '.join(said)}."
+    return f"`{found['base']}` {f'quantized to {kind}' if kind else 'unquantized'}: {', '.join(said)}."

@@ -39,9 +39,11 @@ def _other_limits(found: Facts) -> list[str]:
     said = [] if verified else ["The weights were not verified against the source."]
     if verified and verified["verdict"] != "passed":
         said.append(f"Verification is {verified['verdict']}: see below.")
-    unseen = [engine["title"].split(",")[0] for engine in found["engines"] if not engine["seen"]]
-    if unseen:
-        said.append(f"That {' and '.join(unseen)} load it rests on reading their source, not on a run.")
-    refused = [n for n, why in found["tensor_parallel"].items() if why != "ok"]
+    if unseen := [engine["title"].split(",")[0] for engine in found["engines"] if not engine["seen"]]:
+        loads, whose = ("loads", "its") if len(unseen) == 1 else ("load", "their")
+        said.append(f"That {' and '.join(unseen)} {loads} it rests on reading {whose} source, not on a run.")
+    if not found["engines"]:
+        said.append("No engine is known to load it.")
+    refused = [n for n, why in found["tensor_parallel"].items() if why != "ok" and n != "1"]
     said += [f"Tensor parallelism over {', '.join(refused)} GPUs is not possible."] if refused else []
     return [*said, "What the base model's card says of its limits holds here too."]

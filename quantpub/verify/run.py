@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from quantpub.artifact import Artifact
@@ -15,6 +17,7 @@ from quantpub.verify import RULES
 from quantpub.verify.base import FAILED, SKIPPED, Finding, Subject, failed
 from quantpub.verify.source import source_parts
 
+LOCAL = re.compile(r"(?<![\w.~/-])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # an absolute path, and its last part
 SOURCE = "name the model the artifact was made from"
 
 
@@ -46,9 +49,20 @@ def _judge(name: str, subject: Subject) -> Finding:
     try:
         return rule(subject)
     except QuantpubError as error:
-        return failed(str(error))
+        return failed(_nameless(f"{error.where}: {error.what}" if error.where else error.what, subject))
     except Exception as error:  # whatever it is, the artifact does not bear looking at
-        return failed(f"the check could not be carried out: {type(error).__name__}: {error!s:.200}")
+        said = _nameless(" ".join(str(error).split()), subject)
+        return failed(f"the check could not be carried out: {type(error).__name__}: {said:.200}")
+
+
+def _nameless(text: str, subject: Subject) -> str:
+    """The text with files named as the artifact or the source names them: no evidence file holds a path."""
+    folders = [subject.artifact.path]
+    if subject.source is not None:
+        folders.append(Path(subject.source.source.where("config.json")).parent)
+    for folder in sorted({str(each) for path in folders for each in (path, path.absolute(), path.resolve())}, key=len):
+        text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/", "", text)
+    return LOCAL.sub(r"\1", text)
 
 
 def verdict(findings: dict[str, Finding]) -> str:

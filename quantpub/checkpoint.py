@@ -185,6 +185,13 @@ def _is_companion(name: str) -> bool:
     )
 
 
+def public_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's configuration without the local path that transformers writes there."""
+    return {
+        key: value for key, value in checkpoint.config.items() if key not in ("_name_or_path", "quantization_config")
+    }
+
+
 class ShardReader:
     """Reads a shard once, front to back, with plain reads (a mapped file would count as memory), hashing as it goes."""
 

@@ -76,7 +76,8 @@ def plan(
     json: JsonOpt = False,
 ) -> None:
     """What every tensor becomes, bytes, bits per weight, memory, and what is refused: from headers alone."""
-    from quantpub.plan import require_runnable, summary
+    from quantpub.plan import require_runnable
+    from quantpub.plan_facts import summary
     from quantpub.show import show_plans
 
     plans = _plans(model, recipe, engine, layout, revision)

@@ -22,7 +22,8 @@ from quantpub.errors import InputError, QuantpubError, UnavailableError, UsageEr
 from quantpub.files import sha256_json
 from quantpub.fused import fused_amax
 from quantpub.memory import keep_freed_memory
-from quantpub.plan import COPY, WORKERS, Action, Plan, require_runnable
+from quantpub.plan import COPY, Action, Plan, require_runnable
+from quantpub.plan_facts import WORKERS
 from quantpub.qtensor import QTensor
 from quantpub.shards import raw_bytes
 from quantpub.stages import background, concurrently

@@ -100,7 +100,8 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 from quantpub.checkpoint import open_checkpoint
-from quantpub.plan import make_plan, peak_memory
+from quantpub.plan import make_plan
+from quantpub.plan_facts import peak_memory
 from quantpub.quantize import quantize
 from quantpub.recipe import load_recipe
 recipe = load_recipe(sys.argv[2])

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from quantpub.checkpoint import open_checkpoint
 from quantpub.families import BUFFER, EMBEDDING, FAMILIES, HEAD, LINEAR, NORM, REFUSED, ROUTER
 from quantpub.gemms import EXPERT, fuse
-from quantpub.plan import QUANTIZE, make_plan, tensor_parallel
+from quantpub.plan import QUANTIZE, make_plan
+from quantpub.plan_facts import tensor_parallel
 from quantpub.recipe import load_recipe
 
 EXPERTS, TOP_K, LAYERS = 4, 2, 4

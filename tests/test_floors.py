@@ -21,6 +21,8 @@ FLOORS = {
         "sources",
         "shards",
         "plan",
+        "plan_facts",
+        "plan_files",
         "artifact",
         "evidence",
         "decode",

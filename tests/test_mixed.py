@@ -17,7 +17,9 @@ from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.gemms import fuse
-from quantpub.plan import Action, Plan, make_plan, quantization_config, require_runnable, summary, tensor_parallel
+from quantpub.plan import Action, Plan, make_plan, require_runnable
+from quantpub.plan_facts import summary, tensor_parallel
+from quantpub.plan_files import quantization_config
 from quantpub.recipe import Recipe, load_recipe
 from quantpub.treatments import targets
 from quantpub.verify.run import verify

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from quantpub.checkpoint import open_checkpoint
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES, LINEAR
-from quantpub.plan import Plan, make_plan, require_runnable, summary, tensor_parallel
+from quantpub.plan import Plan, make_plan, require_runnable
+from quantpub.plan_facts import summary, tensor_parallel
 from quantpub.recipe import Recipe, ignores, load_recipe
 from quantpub.shards import read_header
 from quantpub.treatments import natural

@@ -16,7 +16,8 @@ from quantpub.checkpoint import open_checkpoint
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.layouts import LAYOUTS
-from quantpub.plan import make_plan, summary
+from quantpub.plan import make_plan
+from quantpub.plan_facts import summary
 from quantpub.recipe import load_recipe
 from quantpub.scheme import PRESETS
 from quantpub.verify.run import verify

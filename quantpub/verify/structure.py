@@ -6,8 +6,7 @@ import json
 import math
 import re
 
-from quantpub.checkpoint import INDEX, PICKLES
-from quantpub.plan import public_config
+from quantpub.checkpoint import INDEX, PICKLES, public_config
 from quantpub.shards import TensorInfo, read_header
 from quantpub.verify.base import Finding, Subject, first
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +196,20 @@ def _slices(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors are ours to report: no warnings and no progress bars of transformers meanwhile."""
+    """Errors are ours to report: no warnings and no progress bars of transformers meanwhile, nor of what it imports."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    others = {logger: logger.level for logger in map(getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in others:
+        logger.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        for logger, before in others.items():
+            logger.setLevel(before)
         if bars:
             logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO_MODEL, DEMO_TEXT, make_artifact
+from conftest import DEMO_MODEL, DEMO_TEXT, make_artifact, spawn_cli
 from safetensors.torch import load_file, save_file
 
 from quantpub.activations import fp8_per_token
@@ -378,3 +378,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_what_transformers_imports_says_nothing(fp8: Path, tmp_path: Path) -> None:
+    """torchao, where it is installed, talks while it is imported: not into our stderr."""
+    folder = Path(shutil.copytree(fp8, tmp_path / "a"))
+    ran = spawn_cli("eval", folder, "--baseline", DEMO_MODEL, "--data", DEMO_TEXT, "--windows", 1, "--format", "quiet")
+    assert ran.code in (0, 3) and "torchao" not in ran.err and "_pytree" not in ran.err

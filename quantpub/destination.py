@@ -42,6 +42,7 @@ RECORDED = (
     "bits_per_quantized_weight",
     "bits_per_weight",
     "tensor_parallel",
+    "notes",
 )
 OWN = (f"{META}/recipe.yaml", f"{META}/plan.jsonl", f"{META}/journal.jsonl")
 ELSEWHERE = "choose another folder with -o"

@@ -144,7 +144,7 @@ def numbers_in(value: Any) -> Iterator[float]:
         for entry in value:
             yield from numbers_in(entry)
     elif isinstance(value, str):
-        yield from (float(token) for token in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", value))
+        yield from (float(token) for token in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w|\.\d)", value))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield float(value)
 
@@ -584,3 +584,20 @@ def test_paths_in_a_finding_become_names(text: str, left: str, bare: Artifact) -
 def test_a_repo_id_must_be_one(bare: Artifact) -> None:
     with pytest.raises(UsageError, match="not a Hub id"):
         card(bare, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout", "words"),
+    [
+        ("int4-hqq-tile", "torchao-tile", ("far slower beyond", "0.04× at 4096", "not for experts")),
+        ("nvfp4a16", "ct-nvfp4", ("Before Blackwell", "no FP4 arithmetic")),
+        ("int8-dynamic", "ct-int", ("Not for Blackwell",)),
+    ],
+)
+def test_what_the_plan_notes_stands_among_the_limitations(
+    recipe: str, layout: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    artifact = Artifact.open(make_artifact(DEMO_MODEL, recipe, tmp_path / "a", layout))
+    card(artifact)
+    text = section(readme(artifact), "Limitations")
+    assert all(word in text for word in words), text

@@ -46,4 +46,5 @@ def _other_limits(found: Facts) -> list[str]:
         said.append("No engine is known to load it.")
     refused = [n for n, why in found["tensor_parallel"].items() if why != "ok" and n != "1"]
     said += [f"Tensor parallelism over {', '.join(refused)} GPUs is not possible."] if refused else []
+    said += [note["note"] for note in found["made"].get("notes", [])]
     return [*said, "What the base model's card says of its limits holds here too."]

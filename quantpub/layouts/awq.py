@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 
@@ -23,25 +23,15 @@ METHOD = "awq"
 WORD = 8  # int4 codes in an int32
 GROUPS = (WHOLE, 32, 64, 128)  # vLLM's fast kernels; others fall back to AWQ's own, which is fp16 only
 DTYPES = ("BF16", "F16")
+KINDS = {("int4", "none"), ("int4", "int")}
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    if weight.num != "int4" or weight.block[0] != 1 or scheme.act is not None:
-        return f"awq holds int4 weights with 16-bit activations, not {scheme.name}"
-    if weight.zero_domain == "float":
-        return f"awq stores zeros as integers, {scheme.name} has float ones"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"awq stores one scale a group in the model's dtype, not {weight.scale_dtype} as {scheme.name} wants"
-    if dtype not in DTYPES:
-        return f"awq kernels read scales in fp16 or bf16, not {dtype}, as the weight of {scheme.name} has it"
-    if group not in GROUPS:
-        return f"awq as engines load it has groups of {GROUPS}, not {group} as {scheme.name} wants"
+    if reason := reject_integers("awq", scheme, dtype, KINDS, DTYPES, GROUPS):
+        return reason
     if n % WORD:
         return f"out_features of [{n}, {k}] is not a multiple of {WORD}, the codes of one packed word"
-    if group != WHOLE and k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,8 @@ from quantpub.scheme import WHOLE, Scheme
 Spec = dict[str, tuple[str, tuple[int, ...]]]  # suffix → (safetensors dtype, shape)
 Tensors = dict[str, torch.Tensor]  # suffix → tensor
 
-
 CT = "compressed-tensors"
 Config = dict[str, Any]
-
-
 Modules = Mapping[str, tuple[Scheme, tuple[int, int]]]  # module → its scheme and (n, k)
 
 
@@ -57,6 +54,42 @@ class Layout:
     group: Callable[[Scheme], Config] | None = None
     metadata: Callable[[Modules, Sequence[str]], dict[str, str]] = no_metadata
     files: Callable[[Config], dict[str, Config]] = no_files
+
+
+def reject_integers(
+    holder: str,
+    scheme: Scheme,
+    dtype: str,
+    kinds: Collection[tuple[str, str]],
+    dtypes: Sequence[str] = (),
+    groups: Sequence[int] = (),
+) -> str | None:
+    """What holders of integer weights with 16-bit activations refuse alike. kinds: the numbers and zero domains held.
+
+    dtypes: of scales, which are those of the weight; groups: sizes. Empty: any.
+    """
+    weight, nums = scheme.weight, sorted({num for num, _ in kinds})
+    if weight.num not in nums or weight.block[0] != 1 or scheme.act is not None:
+        return f"{holder} holds {' and '.join(nums)} weights with 16-bit activations, not {scheme.name}"
+    if (weight.num, weight.zero_domain) not in kinds:
+        odd = {"none": "none", "int": "integer ones", "float": "float ones"}[weight.zero_domain]
+        held = " or ".join(sorted(zero for num, zero in kinds if num == weight.num))
+        return f"{holder} stores zeros of {weight.num} as {held}, {scheme.name} has {odd}"
+    if weight.scale_dtype != "model" or weight.global_scale:
+        return (
+            f"{holder} holds one scale a group in the weight's dtype, not {weight.scale_dtype} as {scheme.name} wants"
+        )
+    if dtypes and dtype not in dtypes:
+        return f"{holder} is {' or '.join(dtypes).lower()} only, not {dtype} as the weight of {scheme.name}"
+    if groups and scheme.group_size not in groups:
+        return f"{holder} has groups of {groups}, not {scheme.group_size} as {scheme.name} wants"
+    return None
+
+
+def reject_rest(k: int, group: int) -> str | None:
+    if group != WHOLE and k % group:
+        return f"in_features {k} is not a multiple of the group size {group}"
+    return None
 
 
 def ct_arguments(

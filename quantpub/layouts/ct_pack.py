@@ -17,7 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.base import (
+    CT,
+    Config,
+    Layout,
+    Spec,
+    Tensors,
+    ct_arguments,
+    ct_config,
+    ct_group,
+    reject_integers,
+    reject_rest,
+)
 from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
@@ -26,6 +37,7 @@ FORMAT = "pack-quantized"
 Words = Callable[[torch.Tensor], torch.Tensor]
 PACK: dict[int, Words] = {4: pack_words, 8: pack_bytes}
 UNPACK: dict[int, Words] = {4: unpack_words, 8: unpack_bytes}
+KINDS = {(num, zero) for num in ("int4", "int8") for zero in ("none", "int")}
 
 
 def _word(scheme: Scheme) -> int:
@@ -38,18 +50,11 @@ def _asymmetric(scheme: Scheme) -> bool:
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    if weight.num not in ("int4", "int8") or weight.block[0] != 1 or scheme.act is not None:
-        return f"ct-pack holds int4 and int8 weights with 16-bit activations, not {scheme.name}"
-    if weight.zero_domain == "float":
-        return f"ct-pack stores zeros as integers, {scheme.name} has float ones"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"ct-pack stores one scale a group in the model's dtype, not {weight.scale_dtype} as {scheme.name} wants"
+    if reason := reject_integers("ct-pack", scheme, dtype, KINDS):
+        return reason
     if k % _word(scheme):
         return f"in_features {k} is not a multiple of {_word(scheme)}, the codes of one packed word"
-    if group != WHOLE and k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
 from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
@@ -29,6 +29,7 @@ DTYPES = ("BF16", "F16")
 PACK = {4: pack_words, 8: pack_bytes}
 UNPACK = {4: unpack_words, 8: unpack_bytes}
 QZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}  # version 1's words for a zero in the middle
+KINDS = {("int4", "none"), ("int8", "none")}
 
 
 def _word(scheme: Scheme) -> int:
@@ -37,22 +38,13 @@ def _word(scheme: Scheme) -> int:
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    if weight.num not in ("int4", "int8") or weight.block[0] != 1 or scheme.act is not None:
-        return f"gptq holds int4 and int8 weights with 16-bit activations, not {scheme.name}"
-    if weight.zero_domain != "none":
+    if scheme.weight.zero_domain != "none":
         return f"gptq version 1 cannot store every zero of {scheme.name}, and engines read its symmetric weights only"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"gptq stores one scale a group in the model's dtype, not {weight.scale_dtype} as {scheme.name} wants"
-    if dtype not in DTYPES:
-        return f"gptq kernels read scales in fp16 or bf16, not {dtype}, as the weight of {scheme.name} has it"
-    if group not in GROUPS:
-        return f"gptq as vLLM loads it has groups of {GROUPS}, not {group} as {scheme.name} wants"
+    if reason := reject_integers("gptq", scheme, dtype, KINDS, DTYPES, GROUPS):
+        return reason
     if k % _word(scheme) or n % _word(scheme):
         return f"shape [{n}, {k}] is not made of multiples of {_word(scheme)}, the codes of one packed word"
-    if group != WHOLE and k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
 from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
@@ -33,25 +33,15 @@ PACK: dict[int, Words] = {4: pack_words, 8: pack_bytes}
 UNPACK: dict[int, Words] = {4: unpack_words, 8: unpack_bytes}
 # The axes of codes [N, K] seen as [N/128, w2, u4, v2, x8, K/64, m4, y2, z4, e2], in the order in which they are stored
 ORDER = {4: (5, 0, 1, 2, 4, 8, 6, 9, 7, 3), 8: (5, 0, 1, 2, 4, 8, 6, 7, 3, 9)}
+KINDS = {(num, zero) for num in ("int4", "int8") for zero in ("none", "int")}
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    if weight.num not in ("int4", "int8") or weight.block[0] != 1 or scheme.act is not None:
-        return f"machete multiplies int4 and int8 weights by 16-bit activations, not {scheme.name}"
-    if weight.zero_domain == "float":
-        return f"machete as vLLM feeds it has integer zeros, {scheme.name} has float ones"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"machete takes one scale a group in the activations' dtype, not {weight.scale_dtype} of {scheme.name}"
-    if dtype not in DTYPES:
-        return f"machete takes scales in fp16 or bf16, not {dtype}, as the weight of {scheme.name} has it"
-    if group not in GROUPS:
-        return f"machete takes groups of {GROUPS}, not {group} as {scheme.name} wants"
+    if reason := reject_integers("machete", scheme, dtype, KINDS, DTYPES, GROUPS):
+        return reason
     if n % BLOCK_N or k % BLOCK_K:
         return f"shape [{n}, {k}] is not made of Machete's blocks of {BLOCK_N}×{BLOCK_K}"
-    if group != WHOLE and k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

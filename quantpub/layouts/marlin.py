@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
 from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
@@ -29,26 +29,17 @@ PACK: dict[int, Words] = {4: pack_words, 8: pack_bytes}
 UNPACK: dict[int, Words] = {4: unpack_words, 8: unpack_bytes}
 # The axes of codes [N, K] seen as [N/64, j4, t2, c8, K/16, h2, r4, a2], in the order in which they are stored
 ORDER = {4: (4, 0, 3, 6, 1, 7, 2, 5), 8: (4, 0, 3, 6, 1, 2, 7, 5)}
+KINDS = {("int4", "none"), ("int4", "int"), ("int8", "none")}
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    kinds = {("int4", "none"), ("int4", "int"), ("int8", "none")}
-    if (weight.num, weight.zero_domain) not in kinds or weight.block[0] != 1 or scheme.act is not None:
-        return f"marlin multiplies int4 (with or without integer zeros) and symmetric int8 weights, not {scheme.name}"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"marlin takes one scale a group in the activations' dtype, not {weight.scale_dtype} of {scheme.name}"
-    if dtype not in DTYPES:
-        return f"marlin takes scales in fp16 or bf16, not {dtype}, as the weight of {scheme.name} has it"
-    if group not in GROUPS:
-        return f"marlin takes groups of {GROUPS}, not {group} as {scheme.name} wants"
+    if reason := reject_integers("marlin", scheme, dtype, KINDS, DTYPES, GROUPS):
+        return reason
     if n % 64 or k % 64 or (n % 128 and k % 128):
         return (
             f"shape [{n}, {k}] is not made of Marlin's tiles of 64×128 or 128×64: an engine would pad it at every step"
         )
-    if group != WHOLE and k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

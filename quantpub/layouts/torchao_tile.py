@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.functional import pad
 
-from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors
+from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors, reject_integers, reject_rest
 from quantpub.layouts.words import in_blocks
 from quantpub.qtensor import QTensor
 from quantpub.scheme import Scheme
@@ -28,6 +28,7 @@ CLASS = "Int4TilePackedTo4dTensor"
 GROUPS = (32, 64, 128, 256)
 ROWS, COLUMNS, TILE = 8, 1024, 128  # what sides are padded to; columns of a tile
 PAD_SCALE = 1 / 20000  # the smallest scale that torchao's HQQ gives, and so that of a group of zeros
+KINDS = {("int4", "none"), ("int4", "float")}
 
 
 def _up(x: int, multiple: int) -> int:
@@ -35,20 +36,11 @@ def _up(x: int, multiple: int) -> int:
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
-    weight, group = scheme.weight, scheme.group_size
-    if weight.num != "int4" or weight.block[0] != 1 or scheme.act is not None:
-        return f"torchao-tile holds int4 weights with 16-bit activations, not {scheme.name}"
-    if weight.zero_domain == "int":
+    if scheme.weight.zero_domain == "int":
         return f"torchao-tile stores zeros as bf16 numbers, which would round scale times zero of {scheme.name}"
-    if weight.scale_dtype != "model" or weight.global_scale:
-        return f"torchao-tile stores one bf16 scale a group, not {weight.scale_dtype} as {scheme.name} wants"
-    if dtype != "BF16":
-        return f"torchao-tile is bf16 only, the weight of {scheme.name} is {dtype}"
-    if group not in GROUPS:
-        return f"torchao-tile has groups of {GROUPS}, not {group} as {scheme.name} wants"
-    if k % group:
-        return f"in_features {k} is not a multiple of the group size {group}"
-    return None
+    if reason := reject_integers("torchao-tile", scheme, dtype, KINDS, ("BF16",), GROUPS):
+        return reason
+    return reject_rest(k, scheme.group_size)
 
 
 def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:

@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from quantpub.hardware import GENERATIONS
-from quantpub.kernel_rows import ROWS, Row
+from quantpub.kernel_rows import VLLM_ROWS, Row
+from quantpub.kernel_rows_others import OTHER_ROWS
 from quantpub.targets import TARGETS, VERSIONS, Target, unloadable
 
 UNKNOWN = "not established"
 KNOWN_BY_TABLE = "read: the table of layouts"
+
+ROWS = (*VLLM_ROWS, *OTHER_ROWS)
 
 
 @dataclass(frozen=True)

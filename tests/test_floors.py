@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "quantpub"
 FLOORS = {
     0: ["errors", "env", "files", "memory", "registry", "stages", "output"],
-    1: ["scheme", "families", "targets", "hardware", "kernel_rows", "kernel_tables", "measured"],
+    1: ["scheme", "families", "targets", "hardware", "kernel_rows", "kernel_rows_others", "kernel_tables", "measured"],
     2: ["qtensor", "stats", "e2m1", "transforms", "algorithms", "layouts"],
     3: [
         "recipe",

@@ -15,8 +15,7 @@ from quantpub.checkpoint import open_checkpoint
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.hardware import EFFECTS, GENERATIONS, NEXT, TILES, misfit
-from quantpub.kernel_rows import ROWS
-from quantpub.kernel_tables import SEEN, UNKNOWN, basis, by_outcome, engine_table, expected, hardware_rows, loaded
+from quantpub.kernel_tables import ROWS, SEEN, UNKNOWN, basis, by_outcome, engine_table, expected, hardware_rows, loaded
 from quantpub.layouts import LAYOUTS
 from quantpub.measured import INT4_DEVICE, INT4_EVIDENCE, INT4_H200, KERNELS, pays_up_to, table
 from quantpub.plan import engines_of, make_plan, require_runnable

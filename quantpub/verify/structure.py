@@ -10,7 +10,7 @@ from quantpub.checkpoint import INDEX, PICKLES, public_config
 from quantpub.shards import TensorInfo, read_header
 from quantpub.verify.base import Finding, Subject, first
 
-LOCAL_PATH = re.compile(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\)")
+LOCAL_PATH = re.compile(r"(/(home|root|tmp|Users)/|[A-Z]:\\\\)")
 
 
 def _headers(subject: Subject) -> dict[str, dict[str, TensorInfo]]:

@@ -50,7 +50,8 @@ def _plans(
     model: str, recipe: str, engines: list[str] | None, layouts: list[str] | None, revision: str | None
 ) -> list[Any]:
     from quantpub.checkpoint import open_checkpoint
-    from quantpub.plan import make_plan, require_engines
+    from quantpub.plan import make_plan
+    from quantpub.plan_engines import require_engines
     from quantpub.recipe import load_recipe
 
     chosen = load_recipe(recipe)

@@ -25,7 +25,8 @@ from quantpub.artifact import META, SUMS, Artifact
 from quantpub.checkpoint import INDEX
 from quantpub.errors import ConflictError, UnavailableError
 from quantpub.files import TEMPORARY, disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
-from quantpub.plan import Plan, engines_of
+from quantpub.plan import Plan
+from quantpub.plan_engines import engines_of
 from quantpub.plan_facts import summary
 from quantpub.plan_files import artifact_config, config_files, index_json
 from quantpub.shards import ShardWriter

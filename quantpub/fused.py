@@ -11,7 +11,7 @@ import torch
 
 from quantpub.checkpoint import Slice, read_slice
 from quantpub.gemms import fuse
-from quantpub.plan import QUANTIZE, Plan
+from quantpub.plan import Plan
 from quantpub.scheme import WHOLE, Scheme
 
 
@@ -22,13 +22,10 @@ def shares(scheme: Scheme) -> bool:
 
 def fused_amax(plan: Plan) -> dict[str, float]:
     """module → the largest magnitude in the set that it is merged with, itself included, where its scheme shares one."""
-    actions = {action.module: action for action in plan.actions if action.kind == QUANTIZE}
-    shapes = {module: (a.part.info.shape[0], a.part.info.shape[1]) for module, a in actions.items()}
-    own = {
-        module: _amax(plan, a.part) for module, a in actions.items() if shares(plan.treatments[a.treatment or 0].scheme)
-    }
+    parts = {action.module: action.part for action in plan.actions}
+    own = {module: _amax(plan, parts[module]) for module, t in plan.treated.items() if shares(t.scheme)}
     found: dict[str, float] = {}
-    for members in fuse(shapes, plan.family).values():
+    for members in fuse(plan.shapes, plan.family).values():
         if members[0] in own:
             found |= dict.fromkeys(members, max(own[member] for member in members))
     return found

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from quantpub import advice
 from quantpub.checkpoint import Checkpoint, Slice, public_config
 from quantpub.errors import InputError, closest
 from quantpub.families import FAMILIES, LINEAR, REFUSED, Family
 from quantpub.files import sha256_json
 from quantpub.gemms import EXPERT, fuse
 from quantpub.layouts.base import Layout, Spec
+from quantpub.plan_engines import no_engine, unserved
 from quantpub.recipe import Recipe, ignores
 from quantpub.scheme import Scheme
 from quantpub.shards import build_header
-from quantpub.targets import unloadable
 from quantpub.treatments import Treatment, make_treatments, unquantized
 
 QUANTIZE, COPY = "quantize", "copy"
@@ -90,6 +89,17 @@ class Plan:
     def layout(self) -> Layout:
         return self.treatments[0].layout
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """module → (n, k) of every quantized weight."""
+        found = ((a.module, a.part.info.shape) for a in self.actions if a.treatment is not None)
+        return {module: (shape[0], shape[1]) for module, shape in found}
+
+    @cached_property
+    def treated(self) -> dict[str, Treatment]:
+        """module → its treatment, of every quantized weight."""
+        return {a.module: self.treatments[a.treatment] for a in self.actions if a.treatment is not None}
+
     @property
     def actions(self) -> list[Action]:
         return [action for actions in self.shards.values() for action in actions]
@@ -104,11 +114,7 @@ class Plan:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """The entries of every shard's safetensors header: loaders merge the headers, so each tells of the whole model."""
-        modules = {
-            a.module: (self.treatments[a.treatment].scheme, (a.part.info.shape[0], a.part.info.shape[1]))
-            for a in self.actions
-            if a.treatment is not None
-        }
+        modules = {module: (t.scheme, self.shapes[module]) for module, t in self.treated.items()}
         copied = [action.part.name for action in self.actions if action.kind == COPY]
         return {"format": "pt", **self.layout.metadata(modules, copied)}
 
@@ -139,7 +145,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
     rejections |= mixed(shards, family)
     plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards, family), rejections)
     _check_outputs_once(plan)
-    rejections |= _unserved(plan)
+    rejections |= unserved(plan)
     return plan
 
 
@@ -205,7 +211,7 @@ def _action(
     if (why := family.kept(module)) and not place:
         return Action(COPY, part, role, copied, why)
     scheme, layout = treatments[place].scheme, treatments[place].layout
-    if reason := _reject(part, scheme, layout) or _no_engine(module, treatments[place], recipe, treatments[0].layout):
+    if reason := _reject(part, scheme, layout) or no_engine(module, treatments[place], recipe, treatments[0].layout):
         rejections[part.name] = reason
         return Action(COPY, part, role, copied, f"{REJECTED}{reason}")
     n, k = info.shape
@@ -236,60 +242,6 @@ def _check_outputs_once(plan: Plan) -> None:
             where=plan.checkpoint.source.label,
             next="the checkpoint holds the same tensor in two shards",
         )
-
-
-def _no_engine(module: str, treatment: Treatment, recipe: Recipe, chosen: Layout) -> str | None:
-    """Why none of the engines in question would load the weight."""
-    experts = EXPERT.search(f"{module}.") is not None
-    names = advice.in_question(recipe.engines, chosen.name)
-    reasons = [unloadable(engine, treatment.layout.name, treatment.scheme.name, experts) for engine in names]
-    return reasons[0] if reasons and all(reasons) else None
-
-
-def engines_of(plan: Plan) -> dict[str, str | None]:
-    """Engine → why it cannot load this plan's checkpoint, or None.
-
-    In question are the engines that the recipe gives the layout; of a layout that it gives none, all.
-    """
-    shapes, treated = _quantized(plan)
-    multiples = {module: t.layout.tp_multiple(t.scheme) or (1, 1) for module, t in treated.items()}
-    apart = advice.unmerged(shapes, {module: rows for module, (rows, _) in multiples.items()}, plan.family)
-    names, found = advice.in_question(plan.recipe.engines, plan.layout.name), merged_weights(plan)
-    return {engine: advice.refusal(engine, found, apart) for engine in names}
-
-
-def merged_weights(plan: Plan) -> list[advice.Weight]:
-    """The quantized weights as engines multiply by them."""
-    shapes, treated = _quantized(plan)
-    return advice.weights(shapes, {module: (t.scheme, t.layout.name) for module, t in treated.items()}, plan.family)
-
-
-def _quantized(plan: Plan) -> tuple[dict[str, tuple[int, int]], dict[str, Treatment]]:
-    """module → (n, k), and module → its treatment, of every quantized weight."""
-    actions = [(a, a.treatment) for a in plan.actions if a.treatment is not None]
-    shapes = {a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a, _ in actions}
-    return shapes, {a.module: plan.treatments[place] for a, place in actions}
-
-
-def _unserved(plan: Plan) -> dict[str, str]:
-    """tensor → reason, where no engine in question loads the checkpoint though each weight alone has one that would."""
-    refusals = list(engines_of(plan).values())
-    if plan.rejections or not refusals or not all(refusals):
-        return {}
-    return {a.part.name: str(refusals[0]) for a in plan.actions if a.kind == QUANTIZE}
-
-
-def require_engines(plan: Plan, asked: Sequence[str]) -> None:
-    """Errors: InputError when an engine that was asked for by name cannot load what would be written for it."""
-    refusals = {} if plan.rejections else engines_of(plan)
-    for engine in asked:
-        if (reason := refusals.get(engine)) and plan.recipe.engines.get(engine) == plan.layout.name:
-            others = [name for name, why in refusals.items() if why is None]
-            raise InputError(
-                f"{engine} cannot load it: {reason}",
-                where=f"recipe {plan.recipe.name}, layout {plan.layout.name}",
-                next=f"without --engine {engine} it is written for {' and '.join(others)}; or choose another recipe",
-            )
 
 
 def require_runnable(plan: Plan) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from quantpub import advice
 from quantpub.checkpoint import INDEX
 from quantpub.gemms import fuse
-from quantpub.plan import COPY, QUANTIZE, Action, Plan, engines_of, merged_weights
+from quantpub.plan import COPY, QUANTIZE, Action, Plan
+from quantpub.plan_engines import engines_of, merged_weights
 from quantpub.recipe import ignores
 from quantpub.shards import tensor_bytes
 
@@ -32,7 +33,7 @@ def tensor_parallel(plan: Plan) -> dict[int, str | None]:
     What an engine merges is cut member by member; on one GPU a member's rows must be whole blocks where others follow.
     """
     quantized = [action for action in plan.actions if action.kind == QUANTIZE]
-    sets = fuse({a.module: (a.part.info.shape[0], a.part.info.shape[1]) for a in quantized}, plan.family).values()
+    sets = fuse(plan.shapes, plan.family).values()
     followed = {member for members in sets for member in members[:-1]}
     reasons = {}
     for size in TP_SIZES:

@@ -21,6 +21,7 @@ FLOORS = {
         "sources",
         "shards",
         "plan",
+        "plan_engines",
         "plan_facts",
         "plan_files",
         "artifact",

@@ -18,7 +18,8 @@ from quantpub.hardware import EFFECTS, GENERATIONS, NEXT, TILES, misfit
 from quantpub.kernel_tables import ROWS, SEEN, UNKNOWN, basis, by_outcome, engine_table, expected, hardware_rows, loaded
 from quantpub.layouts import LAYOUTS
 from quantpub.measured import INT4_DEVICE, INT4_EVIDENCE, INT4_H200, KERNELS, pays_up_to, table
-from quantpub.plan import engines_of, make_plan, require_runnable
+from quantpub.plan import make_plan, require_runnable
+from quantpub.plan_engines import engines_of
 from quantpub.plan_facts import summary
 from quantpub.recipe import Recipe, load_recipe
 from quantpub.registry import load

@@ -18,7 +18,7 @@ import torch
 from quantpub.algorithms.base import Algorithm
 from quantpub.checkpoint import ShardReader
 from quantpub.destination import Destination
-from quantpub.errors import InputError, QuantpubError, UnavailableError, UsageError
+from quantpub.errors import InputError, QuantpubError, UsageError
 from quantpub.files import sha256_json
 from quantpub.fused import fused_amax
 from quantpub.memory import keep_freed_memory
@@ -26,6 +26,7 @@ from quantpub.plan import COPY, Action, Plan, require_runnable
 from quantpub.plan_facts import WORKERS
 from quantpub.qtensor import QTensor
 from quantpub.shards import raw_bytes
+from quantpub.sound import require_as_found, require_sound
 from quantpub.stages import background, concurrently
 from quantpub.stats import Stats
 
@@ -136,7 +137,7 @@ def _made(
     if piece.action is None or piece.data is None:
         return piece
     plan, action = todo[0].plan, piece.action
-    _require_finite(plan, piece.shard, action, piece.data)
+    require_sound(plan, piece.shard, action, piece.data)
     needing = [destination for destination in todo if destination.needs(piece.shard)]
     if action.kind == COPY:
         copied = {action.part.name: raw_bytes(piece.data)}
@@ -145,7 +146,7 @@ def _made(
         assert action.treatment is not None
         algorithm, params = bound[action.treatment]
         stats = Stats(group_amax=amax.get(action.module))
-        _require_as_found(plan, piece.shard, piece.data, stats)
+        require_as_found(plan, piece.shard, piece.data, stats)
         q = algorithm.quantize(piece.data.to(device), stats, plan.treatments[action.treatment].scheme, params)
         outputs = tuple((destination, _packed(destination, action, q)) for destination in needing)
     return replace(piece, data=None, outputs=outputs, source_bytes=piece.data.nbytes)
@@ -155,40 +156,6 @@ def _packed(destination: Destination, action: Action, q: QTensor) -> dict[str, m
     assert action.treatment is not None
     layout = destination.plan.treatments[action.treatment].layout
     return {f"{action.module}.{suffix}": raw_bytes(tensor) for suffix, tensor in layout.pack(q).items()}
-
-
-def _require_as_found(plan: Plan, shard: str, data: torch.Tensor, stats: Stats) -> None:
-    """What was found for merged weights before the first was quantized still holds. Errors: UnavailableError."""
-    if stats.group_amax is None:
-        return
-    low, high = torch.aminmax(data)
-    if max(-float(low), float(high)) > stats.group_amax:
-        advice = "keep the source unchanged and run the same command again"
-        where = plan.checkpoint.source.where(shard)
-        raise UnavailableError("the file changed while it was read", where=where, next=advice)
-
-
-_INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
-_TOO_LARGE = {"BF16": (96 + 127) << 7, "F16": 0x7C00, "F32": (96 + 127) << 23}
-_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-
-
-def _require_finite(plan: Plan, shard: str, action: Action, data: torch.Tensor) -> None:
-    """A NaN or infinity has all exponent bits set: seen on the raw bits, in one pass. Errors: InputError.
-
-    Nor is a magnitude of 2^96 or more a weight: squares of it overflow, and scales found from them.
-    """
-    exponent = _EXPONENT.get(action.part.info.dtype)
-    if exponent is None or not data.numel():
-        return
-    bits = data.view(-1).view(torch.uint8).view(_INTEGERS[action.part.info.dtype])
-    largest = int((bits & exponent).amax())
-    if largest >= min(exponent, _TOO_LARGE[action.part.info.dtype]):
-        raise InputError(
-            "holds NaN or infinite values" if largest == exponent else "holds values of 2^96 and more",
-            where=f"{plan.checkpoint.source.where(shard)}, {action.part.source}",
-            next="the source model is damaged or diverged: take another revision of it",
-        )
 
 
 def _write(todo: Sequence[Destination], pieces: Iterable[Piece], progress: Progress) -> None:

@@ -31,6 +31,7 @@ FLOORS = {
         "advice",
         "treatments",
         "fused",
+        "sound",
     ],
     4: [
         "observe",

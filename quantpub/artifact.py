@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantpub.errors import InputError
-from quantpub.files import TEMPORARY, atomic_write, dump_json, sha256_file
+from quantpub.files import TEMPORARY, atomic_write, dump_json, sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    from quantpub.recipe import Recipe
 
 META = ".quantpub"
 SUMS = f"{META}/SHA256SUMS"
@@ -62,8 +65,29 @@ class Artifact:
         return self.read_json("run.json", ("stages",))
 
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
+        """Errors: InputError when it is missing or damaged."""
+        path = self.path / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
+            what = f"the model's configuration cannot be read: {why}"
+            raise InputError(
+                what, where=str(path), next="copy config.json from the source model, or quantize again"
+            ) from None
+        if not isinstance(config, dict):
+            raise InputError("it is not an object", where=str(path), next="quantize again")
         return config
+
+    def recipe(self) -> Recipe:
+        """The recipe that it was made by. Errors: InputError when it is missing or damaged."""
+        from quantpub.recipe import load_recipe
+
+        path = self.meta / "recipe.yaml"
+        if not path.is_file():
+            advice = "remove the folder and quantize again"
+            raise InputError("damaged: the recipe that it was made by is missing", where=str(path), next=advice)
+        return load_recipe(str(path))
 
     def has(self, name: str) -> bool:
         """Whether the evidence file `.quantpub/name` exists."""
@@ -137,6 +161,16 @@ class Artifact:
         self.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in lines).encode())
         self._written.clear()
         self._removed.clear()
+
+    def foreign_evidence(self) -> list[str]:
+        """Evidence files that say they were measured on other weights."""
+        own = sha256_json(self.journal())
+        measured = (name for name in ("profile.json", "eval.json") if self.has(name))
+        return [
+            f"{name} was measured on other weights"
+            for name in measured
+            if self.read_json(name).get("weights_sha256", own) != own
+        ]
 
     def journal(self) -> dict[str, str]:
         """shard → sha256 of every finished shard."""

@@ -5,6 +5,7 @@ A number without this is not evidence. Settings hold names and figures, never lo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,16 @@ def made_by(stage: str, settings: dict[str, Any], packages: tuple[str, ...] = ("
     }
 
 
+def installed(packages: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `packages` that are there."""
+    found = []
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            found.append(name)
+    return tuple(found)
+
+
 def device() -> dict[str, Any]:
     """The processor, its usable cores, and the GPU with its driver where torch sees one."""
     import torch
@@ -41,6 +52,7 @@ def device() -> dict[str, Any]:
         found["gpu"] = {
             "name": torch.cuda.get_device_name(),
             "capability": list(torch.cuda.get_device_capability()),
+            "memory": torch.cuda.get_device_properties(0).total_memory,
             "cuda": torch.version.cuda,
             "driver": _driver(),
         }

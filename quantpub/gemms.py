@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.families import Family
 from quantpub.qtensor import QTensor, same_bits
-from quantpub.scheme import WHOLE
+from quantpub.scheme import PRESETS, WHOLE
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -49,25 +49,63 @@ class Gemm:
         return facts | ({"experts": self.experts} if self.experts else {})
 
 
-def engine_gemms(artifact: Artifact, decoder: Decoder) -> list[Gemm]:
-    """The artifact's quantized GEMMs. Errors: InputError when config.json does not say what they need."""
+def engine_gemms(artifact: Artifact, decoder: Decoder, tp: int = 1) -> list[Gemm]:
+    """The artifact's quantized GEMMs as each of `tp` GPUs runs them.
+
+    Errors: InputError when config.json does not say what they need, or a weight cannot be cut into so many parts.
+    """
     config, where, family = artifact.config(), str(artifact.path / "config.json"), decoder.family()
-    shapes = dict(decoder.modules())
+    shapes = {
+        module: cut_shape(shape, *side(family, module, tp, config), module) for module, shape in decoder.modules()
+    }
     top_k = config.get(TOP_K)
     if top_k is None and any(EXPERT.search(module) for module in shapes):
         raise InputError(
             f"it has experts, but config.json lacks {TOP_K}", where=where, next="copy config.json from the source model"
         )
     rows = {module: decoder.treated(module).scheme.weight.block[0] for module in shapes}
-    return group(shapes, family, top_k or 0, rows)
+    return group(shapes, family, top_k or 0, rows, {module: kind(decoder, module) for module in shapes})
 
 
-def group(shapes: Shapes, family: Family, top_k: int = 0, rows: Mapping[str, int] | None = None) -> list[Gemm]:
-    """One entry per distinct (name, N, K), in the order of `shapes`. rows: module → rows of a block that share a scale.
+def kind(decoder: Decoder, module: str) -> str:
+    """What a kernel makes of a module's weight: its scheme, with the group size where that is not the preset's."""
+    scheme = decoder.treated(module).scheme
+    own = scheme.name in PRESETS and PRESETS[scheme.name].group_size == scheme.group_size
+    return scheme.name if own else f"{scheme.name} g{scheme.group_size}"
 
-    Members stay apart where a block would hold rows of two: no engine merges those.
+
+def side(family: Family, module: str, tp: int, config: Mapping[str, Any]) -> tuple[str | None, int]:
+    """(`in`, `out` or None: the side that `tp` GPUs cut; into how many parts). GPUs beyond the key and value heads share one."""
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    shared = module.rpartition(".")[2] in ("k_proj", "v_proj") and heads
+    return family.cut(module), min(tp, heads) if shared and heads else tp
+
+
+def cut_shape(shape: tuple[int, int], cut: str | None, parts: int, module: str) -> tuple[int, int]:
+    """(n, k) of one GPU's part. Errors: InputError when it does not divide."""
+    n, k = shape
+    if cut is None or parts == 1:
+        return shape
+    full = n if cut == "out" else k
+    if full % parts:
+        what = f"{full} {cut}_features cannot be shared by {parts} GPUs"
+        raise InputError(what, where=module, next="choose another number of GPUs")
+    return (n // parts, k) if cut == "out" else (n, k // parts)
+
+
+def group(
+    shapes: Shapes,
+    family: Family,
+    top_k: int = 0,
+    rows: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> list[Gemm]:
+    """One entry per distinct (name, N, K, kind), in the order of `shapes`. rows: module → rows of a block that share a scale.
+
+    kinds: module → what is made of it; layers that a rule treats otherwise are GEMMs of their own. Members stay apart where
+    a block would hold rows of two: no engine merges those.
     """
-    found: dict[tuple[str, int, int], list[tuple[str, tuple[str, ...]]]] = {}
+    found: dict[tuple[str, int, int, str], list[tuple[str, tuple[str, ...]]]] = {}
     places = [
         place
         for module, members in fuse(shapes, family).items()
@@ -78,12 +116,16 @@ def group(shapes: Shapes, family: Family, top_k: int = 0, rows: Mapping[str, int
     for module, members in places:
         n, k = sum(shapes[member][0] for member in members), shapes[members[0]][1]
         name = EXPERT.sub(".experts.", LAYER.sub("", module))
-        found.setdefault((name, n, k), []).append((module, members))
-    repeated = Counter(name for name, _, _ in found)
-    return [
-        _entry(name if repeated[name] == 1 else f"{name} {n}×{k}", n, k, places, top_k)
-        for (name, n, k), places in found.items()
-    ]
+        found.setdefault((name, n, k, (kinds or {}).get(members[0], "")), []).append((module, members))
+    return [_entry(_longer(key, found), key[1], key[2], places, top_k) for key, places in found.items()]
+
+
+def _longer(key: tuple[str, int, int, str], among: Collection[tuple[str, int, int, str]]) -> str:
+    """The name, with the shape and the kind where others of that name have another."""
+    name, n, k, made = key
+    alike = [other for other in among if other[0] == name]
+    shape = f" {n}×{k}" if any(other[1:3] != (n, k) for other in alike) else ""
+    return name + shape + (f" {made}" if any(other[3] != made for other in alike) else "")
 
 
 def whole_blocks(members: Sequence[str], shapes: Shapes, rows: Mapping[str, int]) -> bool:

@@ -92,8 +92,13 @@ def misfit(kernel: str, n: int, k: int, group: int, engine: str, version: str) -
     return Misfit(f"{kernel} wants {wants}, this is {n}×{k}", effect)
 
 
+def following(kernel: str, engine: str, version: str) -> str | None:
+    """What runs a GEMM that the kernel does not take; None where no other is known."""
+    return NEXT.get((engine, version, kernel)) or NEXT.get((engine, "", kernel))
+
+
 def _next(kernel: str, n: int, k: int, group: int, engine: str, version: str) -> str | None:
-    other = NEXT.get((engine, version, kernel)) or NEXT.get((engine, "", kernel))
+    other = following(kernel, engine, version)
     if other is None:
         return None
     again = misfit(other, n, k, group, engine, version)

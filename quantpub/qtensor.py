@@ -111,4 +111,9 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(a: torch.Tensor) -> torch.Tensor:
+    """As stored. A copy: one element alone counts as contiguous whatever its stride, and cannot be viewed as bytes then."""
+    return a.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from quantpub.kernels import BASELINE
-from quantpub.kernels.base import Kernel, Operands
-from quantpub.qtensor import QTensor, dequantize
+from quantpub.kernels.base import Kernel, Operands, Weight
+from quantpub.qtensor import dequantize
 from quantpub.scheme import Scheme
 
 
@@ -25,7 +25,8 @@ def reject(scheme: Scheme, n: int, k: int) -> str | None:
     return None
 
 
-def prepare(q: QTensor) -> Operands:
+def prepare(weight: Weight) -> Operands:
+    q = weight.q
     return (dequantize(q).to(torch.bfloat16),)
 
 

@@ -7,14 +7,13 @@ listed with the reason, so a slow kernel costs the others nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantpub.kernels.base import Kernel, Operands
-from quantpub.kernels.check import check, check_split, make_probe, tolerance
-from quantpub.qtensor import QTensor
-from quantpub.timing import BUSY, DISTURBED, NO_ROOM, Bench, Rounds, interleave, median, rotation
+from quantpub.kernels.base import Kernel, Operands, Weight
+from quantpub.kernels.check import Probe, check, check_split, make_probe, tolerance
+from quantpub.timing import BUSY, DISTURBED, NO_ROOM, Bench, interleave, median, rotation
 
 
 @dataclass
@@ -33,43 +32,45 @@ class Budget:
 
 @dataclass
 class Measured:
-    """As they stand in the evidence; missing: (kernel, M, reason)."""
+    """As they stand in the evidence; missing: (kernel, M, reason). symbols: of grouped experts, what ran on the device."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     missing: list[tuple[str, int, str]] = field(default_factory=list)
+    symbols: list[dict[str, Any]] = field(default_factory=list)
 
 
 class GemmBench:
     """One GEMM's weight, prepared for the baseline and for every kernel, and the copies of it that rotate."""
 
     def __init__(
-        self, gemm: str, q: QTensor, baseline: Kernel, kernels: Sequence[Kernel], bench: Bench, cache: int
+        self, gemm: str, weight: Weight, baseline: Kernel, kernels: Sequence[Kernel], bench: Bench, cache: int
     ) -> None:
         """Checks every kernel. `failed`: kernel → what its op said. Errors: GateError for a wrong kernel."""
         self.gemm, self.baseline, self.bench, self.cache = gemm, baseline, bench, cache
-        self.probe = make_probe(q)
+        self.probe = make_probe(weight.q)
         self.errors: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self._pools: dict[str, list[Operands]] = {}
+        self._probes: dict[str, Probe] = {}
         self._checked: set[tuple[str, int]] = set()
-        self._prepare(baseline, q)
+        self._prepare(baseline, weight)
         for kernel in kernels:
             try:
-                self._prepare(kernel, q)
+                self._prepare(kernel, weight)
             except RuntimeError as error:
                 self.failed[kernel.name] = failure(error)
         self.kernels = [kernel for kernel in kernels if kernel.name not in self.failed]
 
-    def _prepare(self, kernel: Kernel, q: QTensor) -> None:
-        operands = kernel.prepare(q)
+    def _prepare(self, kernel: Kernel, weight: Weight) -> None:
+        operands = kernel.prepare(weight)
         self._pools[kernel.name] = [operands]
-        check_split(kernel, self.gemm, operands, self.probe, q)
+        self._probes[kernel.name] = check_split(kernel, self.gemm, operands, self.probe, weight.q)
         for m in (1, len(self.probe.x_PK)):
             self._check(kernel, m)
 
     def _check(self, kernel: Kernel, m: int) -> None:
         if (kernel.name, m) not in self._checked:
-            error = check(kernel, self.gemm, self._pools[kernel.name][0], self.probe, m)
+            error = check(kernel, self.gemm, self._pools[kernel.name][0], self._probes[kernel.name], m)
             self.errors[kernel.name] = max(error, self.errors.get(kernel.name, 0.0))
             self._checked.add((kernel.name, m))
 
@@ -80,7 +81,7 @@ class GemmBench:
                 "kernel": kernel.name,
                 "gemm": self.gemm,
                 "relative_error": round(self.errors[kernel.name], 6),
-                "tolerance": tolerance(kernel),
+                "tolerance": tolerance(kernel, self.probe.scheme),
             }
             for kernel in (self.baseline, *self.kernels)
         ]
@@ -95,7 +96,13 @@ class GemmBench:
         rounds = interleave(runs, copies, self.bench, share - used, limit - used)
         if rounds.reason:
             return rounds.reason
-        return {"gemm": self.gemm, "kernel": kernel.name, "m": m, **_figures(rounds), "cold": cold}
+        return {
+            "gemm": self.gemm,
+            "kernel": kernel.name,
+            "m": m,
+            **figures(rounds.times, rounds.disturbed),
+            "cold": cold,
+        }
 
     def _runs(self, kernel: Kernel, m: int) -> tuple[dict[str, Callable[[int], object]], int, bool]:
         x_MK, split = self.probe.rows(m), kernel.split
@@ -124,8 +131,8 @@ def _copies(operands: Operands, copies: int) -> list[Operands]:
     return [tuple(tensor.clone() for tensor in operands) for _ in range(copies)]
 
 
-def _figures(rounds: Rounds) -> dict[str, Any]:
-    times = rounds.times
+def figures(times: Mapping[str, Sequence[float]], disturbed: int) -> dict[str, Any]:
+    """What a row says of its rounds: `kernel` and `baseline`, and apart `quantize` and `gemm`, in microseconds."""
     kernel, baseline = median(times["kernel"]), median(times["baseline"])
     speedup = median([base / own for base, own in zip(times["baseline"], times["kernel"], strict=True)])
     figures: dict[str, Any] = {
@@ -135,7 +142,7 @@ def _figures(rounds: Rounds) -> dict[str, Any]:
         "speedup": round(speedup.value, 4),
         "speedup_ci95": speedup.interval(4),
         "repeats": kernel.repeats,
-        "disturbed": rounds.disturbed,
+        "disturbed": disturbed,
     }
     apart = {f"{part}_us": round(median(times[part]).value, 3) for part in ("quantize", "gemm") if part in times}
     return figures | apart
@@ -189,5 +196,6 @@ def _attempt(gemm: GemmBench, kernel: Kernel, m: int, share: float, limit: float
     return BUSY if outcome == NO_ROOM and stolen > DISTURBED * (gemm.bench.clock() - started) else outcome
 
 
-def failure(error: RuntimeError) -> str:
-    return f"the op failed: {str(error).strip().splitlines()[0]:.160}"
+def failure(error: Exception) -> str:
+    said = str(error).strip() or type(error).__name__
+    return f"the op failed: {said.splitlines()[0]:.160}"

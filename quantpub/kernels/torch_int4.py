@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from quantpub.kernels.base import Kernel, Operands, attempt
-from quantpub.qtensor import QTensor
+from quantpub.kernels.base import Kernel, Operands, Weight, attempt
 from quantpub.scheme import WHOLE, Scheme
 
 GROUPS = (256, 128, 64, 32)
@@ -47,7 +46,8 @@ def _group(scheme: Scheme, k: int) -> int | None:
     return scheme.group_size if scheme.group_size in GROUPS and k % scheme.group_size == 0 else None
 
 
-def prepare(q: QTensor) -> Operands:
+def prepare(weight: Weight) -> Operands:
+    q = weight.q
     k = q.shape[1]
     group = _group(q.scheme, k)
     assert group is not None, q.scheme

@@ -87,6 +87,11 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(source, config, shards, companions, tuple(name for name in source.files if name not in taken))
 
 
+def open_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json alone, of a folder or Hub id that need not hold weights. Errors: those of `open_checkpoint`."""
+    return _config(open_source(model, revision))
+
+
 def _config(source: Source) -> dict[str, Any]:
     where = source.where("config.json")
     if "config.json" not in source.files:
@@ -95,7 +100,7 @@ def _config(source: Source) -> dict[str, Any]:
         )
     try:
         config: dict[str, Any] = json.loads(source.read("config.json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {error}", where=where) from None
     if not isinstance(config, dict):
         raise InputError("not a JSON object", where=where)

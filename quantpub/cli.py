@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from quantpub import __version__, ending
+from quantpub.cli_speed import advise, profile
 from quantpub.errors import GateError, UsageError, closest
 from quantpub.options import (
     BaselineOpt,
@@ -24,7 +25,6 @@ from quantpub.options import (
     OutOpt,
     RecipeOpt,
     RevisionOpt,
-    integers,
     out,
 )
 
@@ -144,33 +144,8 @@ def verify(
         raise GateError(failed, where=str(checkpoint), next="do not publish it; quantize again")
 
 
-@app.command()
-def profile(
-    checkpoint: CheckpointArg,
-    m: Annotated[str | None, typer.Option("--m", help="Rows of activations to time, like 1,16,256.")] = None,
-    kernels: Annotated[str | None, typer.Option("--kernels", help="Only these kernels, separated by commas.")] = None,
-    budget_seconds: Annotated[float, typer.Option(help="Stop timing after so long.")] = 10.0,
-    format: FormatOpt = "auto",
-    json: JsonOpt = False,
-) -> None:
-    """Time the artifact's own tensors on the kernels of this machine, against bf16. Wrong results are errors, not times."""
-    from quantpub.artifact import Artifact
-    from quantpub.profile import profile as run
-    from quantpub.show import show_profile
-
-    artifact = Artifact.open(checkpoint)
-    with out.bar("profiling", 0) as advance:
-        evidence = run(
-            artifact,
-            m=integers("--m", m),
-            kernels=kernels.split(",") if kernels else None,
-            budget_seconds=budget_seconds,
-            progress=advance,
-        )
-    verdict = evidence["verdict"]
-    out.result(evidence, lambda: show_profile(out, evidence), quiet=verdict["gate"], ok=verdict["gate"] != "failed")
-    if evidence["verdict"]["gate"] == "failed":
-        raise GateError(evidence["verdict"]["reason"], where=str(checkpoint))
+app.command()(profile)
+app.command()(advise)
 
 
 @app.command()

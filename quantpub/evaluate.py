@@ -28,7 +28,6 @@ from quantpub.errors import InputError
 from quantpub.evidence import made_by
 from quantpub.files import sha256_file, sha256_json
 from quantpub.forward import ArtifactModel, load_baseline, load_tokenizer, quiet_transformers
-from quantpub.recipe import load_recipe
 
 WINDOWS, WINDOW, BATCH = 64, 512, 4
 DIGITS = 7  # figures are rounded here: float32 sums in another order differ beyond
@@ -88,7 +87,7 @@ def evaluate(
         "activations": _activations(model),
         **figures(rows),
     }
-    evidence["verdict"] = verdict(evidence, load_recipe(str(artifact.meta / "recipe.yaml")).gate.max_kl)
+    evidence["verdict"] = verdict(evidence, artifact.recipe().gate.max_kl)
     artifact.write_evidence("eval.json", evidence)
     artifact.record("eval", {"kl": evidence["kl"]["mean"], "gate": evidence["verdict"]["gate"]})
     return evidence

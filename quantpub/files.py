@@ -21,6 +21,11 @@ from quantpub.errors import QuantpubError, UnavailableError
 
 TEMPORARY = ".tmp-"
 NOT_WRITABLE = (errno.EPERM, errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
+ANY_STAGE = (
+    "free some space and run the same command again",
+    "make that folder writable, and run the same command again",
+)
+QUANTIZING = (f"{ANY_STAGE[0]}: finished shards are kept", "choose a folder you can write to with -o")
 _passages: dict[str, int] = {}
 
 
@@ -36,20 +41,21 @@ def write_point(name: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into the one line that says which file, why, and what to do."""
+def disk_errors(path: Path, advice: tuple[str, str] = QUANTIZING) -> Iterator[None]:
+    """Turns an OSError into the one line that says which file, why, and what to do.
+
+    advice: where the disk is full or fails, and where the path cannot be written to.
+    """
     try:
         yield
     except OSError as error:
-        raise disk_error(error, path) from error
+        raise disk_error(error, path, advice) from error
 
 
-def disk_error(error: OSError, path: Path) -> QuantpubError:
+def disk_error(error: OSError, path: Path, advice: tuple[str, str] = QUANTIZING) -> QuantpubError:
     reason = (error.strerror or str(error)).lower()
-    advice = "free some space and run the same command again: finished shards are kept"
-    if error.errno in NOT_WRITABLE:
-        advice = "choose a folder you can write to with -o"
-    return UnavailableError(f"cannot write: {reason}", where=str(path), next=advice)
+    again = advice[error.errno in NOT_WRITABLE]
+    return UnavailableError(f"cannot write: {reason}", where=str(path), next=again)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -75,7 +81,7 @@ def publish_file(source: Path, target: Path) -> None:
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` to `path`: afterwards the file is either as before or whole. Errors: UnavailableError."""
     draft = temporary(path)
-    with disk_errors(path):
+    with disk_errors(path, ANY_STAGE):
         try:
             with draft.open("wb") as f:
                 write_point("write")

@@ -11,6 +11,7 @@ from quantpub.errors import UsageError, closest
 from quantpub.output import FORMATS, Output
 
 out = Output()
+MOST = 1 << 20  # of any whole number
 
 
 def _format(value: str) -> str:
@@ -51,13 +52,26 @@ JsonOpt = Annotated[bool, typer.Option("--json", callback=_json, help="Print exa
 
 
 def integers(option: str, text: str | None) -> list[int] | None:
-    """The value of an option like 1,16,256. Errors: UsageError."""
+    """The value of an option like 1,16,256, each from 1 to MOST. Errors: UsageError."""
     if text is None:
         return None
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < 1:
-        raise UsageError(f"{option} takes whole numbers from 1, separated by commas, not {text!r}")
+    if not values or not all(1 <= value <= MOST for value in values):
+        raise UsageError(
+            f"{option} takes whole numbers from 1 to {MOST}, separated by commas, not {text!r:.60}",
+            next=f"write it like {option} 1,16,256",
+        )
+    return values
+
+
+def names(option: str, text: str | None, listed: str) -> list[str] | None:
+    """The value of an option like marlin,machete. listed: the command that lists them. Errors: UsageError."""
+    if text is None:
+        return None
+    values = [part.strip() for part in text.split(",")]
+    if not all(values):
+        raise UsageError(f"{option} takes names, separated by commas, not {text!r:.60}", next=f"see `{listed}`")
     return values

@@ -32,6 +32,7 @@ from quantpub.recipe_files import recipe_files
 from quantpub.registry import load
 from quantpub.scheme import WHOLE, Scheme, preset
 from quantpub.targets import TARGETS
+from quantpub.workloads import WORKLOADS, parse
 
 
 def _known_scheme(value: str) -> str:
@@ -59,6 +60,12 @@ def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
+def _known_workload(value: str | None) -> str | None:
+    if value is not None:
+        parse(value)
+    return value
+
+
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_valid_pattern)]
 GroupSize = Annotated[StrictInt | None, AfterValidator(_sensible_group)]
@@ -68,9 +75,17 @@ class Gate(BaseModel):
     """What an artifact must show before it is published."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    workload: str | None = None
-    min_speedup: float | None = None
-    max_kl: float | None = Field(default=None, description="nats per token to the base model")
+    workload: Annotated[str | None, AfterValidator(_known_workload)] = None
+    min_speedup: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_kl: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="nats per token to the base model"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Gate:
+        if self.min_speedup is not None and self.workload is None:
+            raise ValueError(f"min_speedup {self.min_speedup} needs a workload beside it: {', '.join(WORKLOADS)}")
+        return self
 
 
 class Rule(BaseModel):

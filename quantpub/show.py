@@ -150,21 +150,6 @@ def show_checks(out: Output, evidence: dict[str, Any]) -> None:
     out.line(f"verdict: {evidence['verdict']}")
 
 
-def show_profile(out: Output, evidence: dict[str, Any]) -> None:
-    from quantpub.profile import table
-
-    title, columns, rows = table(evidence)
-    out.table(title, columns, rows)
-    for kernel in evidence["kernels"]:
-        if kernel["unavailable"]:
-            out.line(f"  {kernel['name']}: not measured, {kernel['unavailable']}")
-    for cell in evidence["not_measured"]:
-        out.line(
-            f"  {cell['kernel']} on {cell['gemm']}, M = {', '.join(map(str, cell['m']))}: not measured, {cell['reason']}"
-        )
-    out.line(f"gate: {evidence['verdict']['gate']}: {evidence['verdict']['reason']}")
-
-
 def show_eval(out: Output, evidence: dict[str, Any]) -> None:
     def figure(value: dict[str, Any], digits: int) -> str:
         error = "" if value.get("stderr") is None else f" ± {value['stderr']:.{digits}f}"

@@ -15,7 +15,7 @@ from conftest import DEMO_MODEL, run_cli, save_llama
 from safetensors.torch import load_file, save_file
 
 from quantpub.checkpoint import open_checkpoint
-from quantpub.errors import InputError, QuantpubError
+from quantpub.errors import InputError, QuantpubError, UnavailableError
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -110,7 +110,8 @@ USAGE = [
     (["verify", "nowhere"], 3, "no such folder"),
     (["verify", DEMO_MODEL], 3, "not a quantpub artifact"),
     (["list", "recipe"], 2, "did you mean recipes"),
-    (["profile", DEMO_MODEL, "--m", "1,x"], 3, "not a quantpub artifact"),
+    (["profile", DEMO_MODEL, "--m", "1"], 3, "not a quantpub artifact"),
+    (["profile", DEMO_MODEL, "--m", "1,x"], 2, "write it like --m 1,16,256"),
 ]
 
 
@@ -245,3 +246,19 @@ def test_disk_errors_name_the_file_and_the_remedy(tmp_path: Path) -> None:
 
     assert "free some space" in str(disk_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path))
     assert "-o" in str(disk_error(OSError(errno.EROFS, "Read-only file system"), tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_stage_without_shards_or_output_folder_is_not_told_of_them(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantpub.files import atomic_write
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UnavailableError, match=r"run the same command again$") as caught:
+        atomic_write(tmp_path / "profile.json", b"{}")
+    assert "shards" not in str(caught.value.next) and "-o" not in str(caught.value.next)
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ import pytest
 from conftest import DEMO_MODEL, ROOT, make_artifact, tree
 
 from quantpub.artifact import Artifact
-from quantpub.card import card, check
+from quantpub.card import card, check, render
+from quantpub.card.facts import facts
 from quantpub.errors import InputError, UsageError
 
 DEVICE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "gpu": None}
@@ -366,6 +367,175 @@ def test_gpu_timings_name_the_gpu_and_its_driver(full: Artifact) -> None:
     speed = section(readme(full), "Speed")
     assert "Example H200, driver 580.1, CUDA 13.1" in speed and "CPU" not in speed
     assert "No speed on a GPU is claimed" not in readme(full)
+
+
+H200 = ROOT / "docs" / "evidence" / "h200-qwen3-8b"
+
+
+def on_h200(artifact: Artifact, name: str, **changes: Any) -> tuple[dict[str, Any], str]:
+    """(a profile made on a GPU, the section on speed of a card that holds it). No plots are drawn."""
+    evidence = json.loads((H200 / f"{name}.json").read_text()) | changes
+    artifact.write_evidence("profile.json", evidence)
+    text = render(facts(artifact, None))
+    artifact.write("README.md", text.encode())
+    return evidence, section(text, "Speed")
+
+
+def test_a_gpus_profile_is_on_the_card(full: Artifact) -> None:
+    evidence, speed = on_h200(full, "w4a16-rtn")
+    assert "NVIDIA H200, driver 580.159.04, CUDA 13.0" in speed and "torch 2.11.0, vllm 0.25.1;" in speed
+    assert "(vLLM 0.25.1 on sm90, with `VLLM_USE_DEEP_GEMM=0`)" in speed
+    (answer,) = [row[1:] for row in cells(speed) if row[0].startswith("mlp.down_proj, mlp.gate_up_proj")]
+    why = "CUTLASS W4A8: CUTLASS W4A8 only supports FP8 (e4m3) activations"
+    assert answer == ["Machete (`MacheteLinearKernel`)", "`machete`", "asked vllm 0.25.1", why]
+    assert cells(speed, "M")[0] == ["M", "machete (the engine's)", "marlin"]
+    sums = {(t["kernel"], t["m"]): t["speedup"] for t in evidence["totals"]}
+    for m in evidence["made_by"]["settings"]["m"]:
+        assert [str(m), f"{sums['machete', m]:.2f}×", f"{sums['marlin', m]:.2f}×"] in cells(speed, str(m))
+    assert {row[1] for row in cells(speed, "mlp.down_proj") if len(row) == 7} == {"machete"}
+    assert "all GEMMs together pay up to M = 64. One by one: mlp.down_proj up to M = 128;" in speed
+    assert "mlp.gate_up_proj up to M = 151;" in speed
+    assert "self_attn.qkv_proj up to M = 8; self_attn.o_proj not even at the smallest M." in speed
+    assert "takes 13.9 GB more, and leaves the KV cache 719,762 tokens in place of 813,970" in speed.replace(
+        "It t", "t"
+    )
+    assert "reach, by GEMM, 13 % to 35 % at M = 1 (bf16 55 % to 90 %)" in speed
+    assert "plots/speedup.png" in speed and "plots/layers.png" in speed and "CPU" not in speed
+    text = section(readme(full), "Limitations")
+    assert "this model was not served" in text and "timed on the NVIDIA H200" in text
+    assert cells(readme(full), "Speed gate")[0][1].startswith("passed: 0.94x in serving on machete")
+
+
+def test_every_number_of_a_gpus_profile_is_traced_to_it(full: Artifact) -> None:
+    for name in ("w4a16-rtn", "int8-dynamic", "int4-hqq-tile"):
+        evidence, speed = on_h200(full, name)
+        figures = set(numbers_in(evidence))
+        found = NUMBER.findall(re.sub(r"`[^`]*`|\d+:\d+@[\d,]+", "", speed))
+        assert len(found) > 400 and [token for token in found if not traceable(token, figures)] == []
+
+
+def test_workloads_are_told_as_forecasts(full: Artifact) -> None:
+    evidence, speed = on_h200(full, "fp8-dynamic")
+    assert "Forecast for serving on one NVIDIA H200, made of measured kernels." in speed
+    for name, found in evidence["workloads"].items():
+        (row,) = cells(speed, f"{name}, {found['written']}")
+        m = max(found["by_m"], key=lambda line: line[3])[0]
+        speedups = [f"{found[key]:.2f}×" for key in ("linear_speedup", "speedup")]
+        rates = [f"{found[key]:,.0f}" for key in ("baseline_tokens_per_s", "tokens_per_s")]
+        assert row[1:] == [str(m), *speedups, f"{100 * found['shares']['attention']:.0f} %", *rates]
+    assert "attention (vllm_flash_attn 3)" in speed and "Estimated:" not in speed
+    less = evidence["workloads"] | {"serving": evidence["workloads"]["serving"] | {"estimated": ["head"]}}
+    assert "Estimated: head." in on_h200(full, "fp8-dynamic", workloads=less)[1]
+    assert cells(speed, "GEMM", "Kernel")[0][-1] == "Quantizing activations alone"
+
+
+def test_a_failed_gate_says_what_to_do_and_what_was_repacked(full: Artifact) -> None:
+    evidence, speed = on_h200(full, "int4-hqq-tile")
+    assert "Gate of the recipe: **failed**. 0.07x in serving on tinygemm" in speed
+    assert "\nRepack it as pack-quantized (ct-pack)" in speed
+    assert cells(speed, "M")[0] == ["M", "tinygemm (the engine's)", "machete (repacked)", "marlin (repacked)"]
+    assert "- marlin and machete: the same codes repacked as pack-quantized (layout `ct-pack`" in speed
+    assert evidence["verdict"]["cure"]["note"] in speed
+    assert "read: vLLM chooses nothing for torchao's own tensor" in speed
+
+
+def test_a_gpus_profile_without_a_verdict_has_no_forecast(full: Artifact) -> None:
+    """An engine that could not be asked, and kernels that none of the measured ones stands for."""
+    found = json.loads((H200 / "fp8-block.json").read_text())
+    choices = [
+        choice | {"kernel": None, "class_name": None, "source": "table, not established", "error": "not installed"}
+        for choice in found["engine"]["choices"]
+    ]
+    engine: dict[str, Any] = {
+        "engine": "vllm",
+        "version": "",
+        "generation": "sm90",
+        "error": "not installed",
+        "choices": choices,
+    }
+    engine |= {"runs": {}, "unknown": {"mlp.down_proj": "no kernel is known"}, "repacked": []}
+    verdict = {"gate": "not proven", "reason": "no kernel is known"}
+    lacking: dict[str, Any] = {
+        "workloads": {},
+        "crossover": {},
+        "roofline": [],
+        "around": {"not_measured": "an odd GPU"},
+    }
+    _, speed = on_h200(full, "fp8-block", engine=engine, verdict=verdict, **lacking)
+    assert "(vLLM on sm90; it could not be asked: not installed)" in speed and "Forecast" not in speed
+    assert "table, not established; not installed" in speed and "(the engine's)" not in speed
+    assert cells(speed, "M")[0] == ["M", "cutlass-fp8-block", "triton-fp8-block"]
+
+
+def test_what_only_some_formats_have_is_said(full: Artifact) -> None:
+    """FP4 activations, experts, several GPUs."""
+    backend = {"tokens_an_expert": 3.2, "favours": "latency"}
+    share = {"16": 0.21, "1": 0.34, "8192": 0.05}
+    evidence, speed = on_h200(full, "fp8-dynamic", fp4={"quantize_share": share, "moe_backend": {"serving": backend}})
+    assert "takes 34 % at M = 1 and 5 % at M = 8192 of the kernels' time." in speed
+    assert "serving meets 3.2 tokens an expert, which favours a backend for latency." in speed
+    evidence["made_by"]["settings"]["tensor_parallel"] = 4
+    on_h200(full, "fp8-dynamic", made_by=evidence["made_by"])
+    assert "those of one of 4 GPUs" in section(readme(full), "Limitations")
+
+
+def test_a_crossover_does_not_hide_what_is_slower_below_it(full: Artifact) -> None:
+    _, speed = on_h200(full, "fp8-block")
+    assert "all GEMMs together pay up to M = 4, and again from M = 192." in speed
+
+
+def test_several_kernels_of_the_engine_are_summed(full: Artifact) -> None:
+    """No kernel of a mixed artifact takes every GEMM, so none has totals."""
+    found = json.loads((H200 / "w4a16-rtn.json").read_text())
+    runs = found["engine"]["runs"] | {"mlp.down_proj": "marlin"}
+    ran = [row for row in found["rows"] if runs[row["gemm"]] == row["kernel"]]
+    count = {gemm["name"]: gemm["count"] for gemm in found["gemms"]}
+    base, own = (
+        sum(count[row["gemm"]] * row[side] for row in ran if row["m"] == 16) for side in ("baseline_us", "median_us")
+    )
+    _, speed = on_h200(full, "w4a16-rtn", rows=ran, totals=[], engine=found["engine"] | {"runs": runs})
+    assert cells(speed, "M")[0] == ["M", "as the engine runs them"]
+    assert cells(speed, "16")[0] == ["16", f"{base / own:.2f}×"]
+
+
+def test_plots_know_their_device_and_their_kernels(full: Artifact) -> None:
+    evidence, _ = on_h200(full, "int4-hqq-tile")
+    card(full)
+    assert check(full) == []
+    drawn = (full.meta / "plots" / "layers.svg").read_text()
+    assert "on the NVIDIA H200" in drawn and "machete (repacked)" in drawn and "dequantized" not in drawn
+    assert len(re.findall(r">tinygemm \(the engine", drawn)) == 1, "one legend for all panels"
+    evidence["made_by"]["device"]["gpu"]["name"] = "NVIDIA H100"
+    full.write_evidence("profile.json", evidence)
+    stale = [reason for reason in check(full) if "does not show" in reason]
+    assert [f".quantpub/plots/{name}.{form}" for name in ("speedup", "layers") for form in ("png", "svg")] == [
+        reason.split(" ")[0] for reason in stale
+    ]
+
+
+def test_no_line_of_a_plot_is_cut_off() -> None:
+    from quantpub.plots import draw_layers, layers, spread
+
+    for name in ("int4-hqq-tile", "fp8-dynamic"):
+        evidence = json.loads((H200 / f"{name}.json").read_text())
+        figure = draw_layers(layers(evidence), evidence)
+        for axes in figure.axes:
+            low, high = axes.get_ylim()
+            assert all(low < value < high for line in axes.lines for value in line.get_ydata())
+        colours = {(line.get_label(), line.get_color()) for axes in figure.axes for line in axes.lines}
+        assert len(colours) == len({label for label, _ in colours})
+    sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256]
+    assert spread(sizes, 14) == [size for size in sizes if size not in (96, 192)]
+    assert spread(sizes, 7) == [1, 4, 16, 64, 256] and spread([3, 24, 100], 14) == [3, 24, 100]
+    assert spread([7], 14) == [7]
+
+
+def test_kernels_that_were_not_run_are_told_by_reason(full: Artifact) -> None:
+    evidence = profile()
+    evidence["kernels"] += [{"name": "machete", "layout": "machete", "unavailable": "it needs a GPU"}]
+    full.write_evidence("profile.json", evidence)
+    card(full)
+    assert "\nNot run:\n\n- `marlin`, `machete`: it needs a GPU\n" in section(readme(full), "Speed")
 
 
 def test_limitations_follow_from_the_evidence(full: Artifact) -> None:

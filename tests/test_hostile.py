@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from quantpub.artifact import Artifact
 from quantpub.errors import ConflictError, InputError, UnavailableError
+from quantpub.publish.refuse import refusals
 from quantpub.quantize import Destination
 from quantpub.stages import background, concurrently
 from quantpub.verify.run import verify
@@ -331,3 +332,34 @@ def test_stages_end_in_order_and_pass_errors_on() -> None:
 
     with pytest.raises(OSError, match="disk"):
         list(background(failing(), lambda _: 1, 4))  # type: ignore[arg-type]
+
+
+def test_evidence_of_other_weights_is_on_no_card_and_is_not_published(tmp_path: Path) -> None:
+    """A profile copied over from another artifact says whose weights it timed."""
+    one, two = (make_artifact(DEMO_MODEL, recipe, tmp_path / recipe) for recipe in ("fp8-dynamic", "w4a16-rtn"))
+    assert run_cli("profile", one, "--m", "1", "--budget-seconds", "0.2").code == 0
+    found = json.loads((one / ".quantpub" / "profile.json").read_text())
+    Artifact.open(two).write_evidence("profile.json", found)
+    done = run_cli("card", two)
+    assert done.code == 3 and "profile.json was measured on other weights" in done.err
+    assert "profile.json was measured on other weights" in " ".join(refusals(Artifact.open(two)))
+    assert run_cli("card", one).code == 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "word"),
+    [
+        ("{min_speedup: 1.2}", "needs a workload"),
+        ("{workload: serbing, min_speedup: 1.2}", "unknown workload 'serbing'"),
+        ("{workload: serving, min_speedup: .nan}", "min_speedup"),
+        ("{workload: serving, min_speedup: -1}", "min_speedup"),
+        ("{max_kl: 0}", "max_kl"),
+    ],
+)
+def test_a_gate_that_cannot_be_answered_is_said_when_the_recipe_is_read(tmp_path: Path, gate: str, word: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"{{description: d, scheme: W4A16, algorithm: {{name: rtn}}, engines: {{vllm: ct-pack}}, gate: {gate}}}"
+    )
+    done = run_cli("plan", DEMO_MODEL, "-r", recipe)
+    assert done.code == 3 and word in done.err and done.err.strip().count("\n") == 0

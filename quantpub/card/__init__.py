@@ -2,6 +2,7 @@
 
     facts        evidence files → what the template shows, every figure formatted once
     components   what is quantized, from config.json's quantization_config and the plan
+    speed, gpu   what a profile says: on any device, and on a GPU beside that
     limits       what a reader must not conclude
 
 A section without evidence says that it was not measured, and which command would measure it. `check` renders again and
@@ -18,7 +19,6 @@ from typing import Any
 from quantpub.artifact import META, Artifact
 from quantpub.card.facts import STAGES, Facts, facts, read
 from quantpub.errors import InputError, UsageError
-from quantpub.files import sha256_json
 from quantpub.plots import Plot, plots
 from quantpub.sources import HUB_ID
 
@@ -36,6 +36,8 @@ def card(artifact: Artifact, repo_id: str | None = None) -> dict[str, Any]:
     if repo_id is not None and not HUB_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id!r} is not a Hub id", next="give it as owner/name")
     repo_id = repo_id or _remembered(artifact)
+    if strange := artifact.foreign_evidence():
+        raise InputError(strange[0], where=str(artifact.meta), next="measure this artifact again")
     found = facts(artifact, repo_id)
     due = plots(read(artifact, "profile"), read(artifact, "verify"))
     for plot in due:
@@ -137,9 +139,8 @@ def _stale(artifact: Artifact) -> list[str]:
         for plot in plots(read(artifact, "profile"), read(artifact, "verify"))
         for path in _outdated(artifact, plot)
     ]
-    measured, journal = read(artifact, "eval"), artifact.journal()
-    if measured and measured.get("weights_sha256", sha256_json(journal)) != sha256_json(journal):
-        reasons.append("eval.json was measured on other weights")
+    journal = artifact.journal()
+    reasons += artifact.foreign_evidence()
     planned = artifact.run()["stages"]["quantize"]["output_bytes"]
     present = sum((artifact.path / shard).stat().st_size for shard in journal if (artifact.path / shard).is_file())
     return reasons + ([f"the weights are {present} bytes, run.json says {planned}"] if present != planned else [])

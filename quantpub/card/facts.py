@@ -11,17 +11,18 @@ from typing import Any
 from quantpub.artifact import Artifact
 from quantpub.card.components import Component, Use, activation_words, components, precision, scheme_names, uses
 from quantpub.card.limits import limits
+from quantpub.card.speed import speed
+from quantpub.card.words import made_by, size
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.kernel_tables import basis, hardware_rows, loaded
-from quantpub.plots import speedups, sqnr
+from quantpub.plots import sqnr
 from quantpub.scheme import ActFormat
 from quantpub.targets import TARGETS, unloadable
 
 STAGES = ("verify", "profile", "eval")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 LICENCE_FILES = ("license", "licence", "notice", "use_policy")
-CPU = "Timed on a CPU: it says nothing of the serving engine's kernels."
 Facts = dict[str, Any]
 
 
@@ -143,12 +144,6 @@ def _base(source: Mapping[str, Any]) -> str:
     return f"`{source['name']}`, a local checkpoint"
 
 
-def size(nbytes: int) -> str:
-    """Decimal units, three digits."""
-    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if nbytes >= u), (1, "B"))
-    return f"{nbytes / unit:.3g} {name}"
-
-
 def _component(part: Component) -> Facts:
     shapes = ", ".join("×".join(map(str, shape)) for shape in sorted(part.shapes))
     return {
@@ -210,54 +205,13 @@ def quality(evidence: Mapping[str, Any] | None) -> Facts | None:
         "kl": evidence.get("kl"),
         "verdict": evidence.get("verdict", {}),
         "data": evidence.get("data", {}),
-        "made_by": _made_by(evidence),
+        "made_by": made_by(evidence),
         "settings": evidence.get("made_by", {}).get("settings", {}),
         "rounded": [activation_words(ActFormat(**one)) for one in act.get("quantized") or ()],
         "not_emulated": act.get("not_emulated", []),
         "baseline": base_name(baseline),
         "is_source": baseline.get("is_source", False),
     }
-
-
-def speed(evidence: Mapping[str, Any] | None) -> Facts | None:
-    """Speedup by M and kernel, the rows behind it, and what was not run."""
-    if evidence is None:
-        return None
-    by_kernel = speedups(evidence)
-    totals = {(kernel, m): value for kernel, points in by_kernel.items() for m, value in points}
-    sizes = sorted({m for _, m in totals})
-    on_cpu = evidence.get("device_class") != "cuda"
-    return {
-        "kernels": list(by_kernel),
-        "on_cpu": on_cpu,
-        "label": evidence.get("label") or (CPU if on_cpu else ""),
-        "totals": [[str(m), *(_times(totals.get((kernel, m))) for kernel in by_kernel)] for m in sizes],
-        "rows": [_timing(row) for row in evidence.get("rows", [])],
-        "gemms": evidence.get("gemms", []),
-        "baseline": evidence.get("baseline", {}).get("name", "the baseline"),
-        "unavailable": [kernel for kernel in evidence.get("kernels", []) if kernel.get("unavailable")],
-        "not_measured": evidence.get("not_measured", []),
-        "verdict": evidence.get("verdict", {}),
-        "made_by": _made_by(evidence),
-    }
-
-
-def _times(speedup: float | None) -> str:
-    return "–" if speedup is None else f"{speedup:.2f}×"
-
-
-def _timing(row: Mapping[str, Any]) -> list[str]:
-    low, high = row.get("ci95_us") or (None, None)
-    spread = "–" if low is None else f"{low:.1f} – {high:.1f}"
-    return [
-        row["gemm"],
-        row["kernel"],
-        str(row["m"]),
-        f"{row['median_us']:.1f}",
-        spread,
-        f"{row['baseline_us']:.1f}",
-        _times(row.get("speedup")),
-    ]
 
 
 def verification(evidence: Mapping[str, Any] | None) -> Facts | None:
@@ -267,23 +221,11 @@ def verification(evidence: Mapping[str, Any] | None) -> Facts | None:
     return {
         "checks": evidence.get("checks", []),
         "verdict": evidence.get("verdict"),
-        "made_by": _made_by(evidence),
+        "made_by": made_by(evidence),
         "compared": tensors.get("compared"),
         "sqnr": tensors.get("sqnr_db"),
         "plot": bool(sqnr(evidence)),
     }
-
-
-def _made_by(evidence: Mapping[str, Any]) -> str:
-    """Versions and device of one measurement, in a line."""
-    made = evidence.get("made_by", {})
-    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-    device, gpu = made.get("device", {}), made.get("device", {}).get("gpu")
-    if gpu:
-        machine = f"{gpu['name']}, driver {gpu.get('driver')}, CUDA {gpu.get('cuda')}"
-    else:
-        machine = f"{device['cpu']}, {device.get('threads')} threads" if device.get("cpu") else ""
-    return "; ".join(part for part in (versions, machine) if part)
 
 
 def headline(found: Facts) -> str:

@@ -31,6 +31,15 @@ def _speed_limits(found: Facts) -> list[str]:
     said = ["No speed on a GPU is claimed: the kernels were timed on a CPU."] if speed["on_cpu"] else []
     if speed["verdict"].get("gate") not in (None, "passed"):
         said.append(f"The speed gate of the recipe is {speed['verdict']['gate']}.")
+    return [*said, *_gpu_limits(speed["gpu"])] if speed["gpu"] else said
+
+
+def _gpu_limits(gpu: Facts) -> list[str]:
+    said = [f"Kernels were timed on the {gpu['device']}; another GPU may run others."]
+    if gpu["workloads"]:
+        said.append("Speed in workloads is a forecast from measured kernels; this model was not served.")
+    if gpu["tensor_parallel"] > 1:
+        said.append(f"The GEMMs timed are those of one of {gpu['tensor_parallel']} GPUs, without their exchange.")
     return said
 
 

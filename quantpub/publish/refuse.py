@@ -65,7 +65,7 @@ def refusals(artifact: Artifact) -> list[str]:
     files = artifact.files()
     named = [f"{path}: {reason}" for path in files if (reason := bad_name(path))]
     found = [reason for path in files for reason in (*_found_in(artifact, path), *_unreadable(artifact, path))]
-    return [*_card(artifact), *_links(artifact), *named, *found]
+    return [*_card(artifact), *_links(artifact), *artifact.foreign_evidence(), *named, *found]
 
 
 def _card(artifact: Artifact) -> list[str]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from quantpub.curves import Curve
-from quantpub.gpus import BF16, INT8, Gpu, of_device
+from quantpub.gpus import BF16, Gpu, of_device
 from quantpub.predict import LINEAR, QUANTIZE, Model, Prediction, predict
 from quantpub.roofline import Machine, computes_in, gemm, machine
 from quantpub.schedule import Limits, cache_tokens, vllm_limits
@@ -50,8 +50,7 @@ class Forecast:
     def machine(self) -> Machine:
         assert self.gpu is not None
         rates = (self.evidence.get("around") or {}).get("machine", {})
-        compute = {num: rate for num, rate in rates.get("compute", {}).items() if num != INT8}  # torch's is no peak
-        return machine(self.gpu, rates.get("bandwidth"), compute)
+        return machine(self.gpu, rates.get("bandwidth"), rates.get("compute"))
 
     @cached_property
     def rest(self) -> Rest:

@@ -32,10 +32,18 @@ class Machine:
 
 
 def machine(gpu: Gpu, bandwidth: float | None = None, compute: Mapping[str, float] | None = None) -> Machine:
-    """The rates that were measured, and for the others the fractions of the data sheet that are reached."""
+    """The rates that were measured, and for the others the fractions of the data sheet that are reached.
+
+    An int8 rate in older evidence is that of torch._int_mm, which is no peak: it is left aside (around.rates).
+    """
     expected = {num: peak * gpu.achieved.compute for num, peak in gpu.peak.items()}
     reached = bandwidth or gpu.bandwidth * gpu.achieved.bandwidth
-    return Machine(gpu, reached, expected | dict(compute or {}), bandwidth is not None)
+    return Machine(
+        gpu,
+        reached,
+        expected | {num: rate for num, rate in (compute or {}).items() if num != INT8},
+        bandwidth is not None,
+    )
 
 
 @dataclass(frozen=True)

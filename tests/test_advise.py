@@ -94,10 +94,17 @@ def test_the_first_is_the_least_lossy_of_the_fastest() -> None:
 
 
 def test_a_little_more_speed_for_more_loss_is_said() -> None:
-    advice = asked("H200", "decode-heavy")
-    first, fastest = advice["choices"][0], max(advice["choices"], key=lambda choice: choice["tokens_per_s"])
-    assert fastest["recipe"] != first["recipe"] and fastest["kl_28m"] > first["kl_28m"]
-    assert f"{fastest['recipe']} is " in advice["reason"] and "loses more: KL" in advice["reason"]
+    """Wherever the first is not the fastest, and that is no less sure of its time: on some GPU it is so."""
+    for gpu in ("H200", "H100", "L4", "A100-80", "RTX-4090"):
+        for workload in ("interactive", "decode-heavy"):
+            advice = asked(gpu, workload)
+            first, fastest = advice["choices"][0], max(advice["choices"], key=lambda choice: choice["tokens_per_s"])
+            if fastest["recipe"] == first["recipe"] or fastest["confidence"] != first["confidence"]:
+                continue
+            assert fastest["kl_28m"] > first["kl_28m"]
+            assert f"{fastest['recipe']} is " in advice["reason"] and "loses more: KL" in advice["reason"]
+            return
+    pytest.fail("nowhere is the first a little slower than another")
 
 
 def test_an_estimate_has_to_beat_what_was_measured_by_more_than_its_error() -> None:

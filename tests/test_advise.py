@@ -163,6 +163,7 @@ def test_where_nothing_pays_bf16_is_first_and_the_reason_says_why() -> None:
     assert advice["reason"].startswith("bf16 is best") and "linears take" in advice["reason"]
 
 
+@pytest.mark.slow
 def test_less_memory_never_adds_a_choice_and_never_makes_one_faster() -> None:
     before = asked(workload="128:512@128")
     for memory in ("40GB", "22GB", "20GB", "12GB", "4GB"):
@@ -187,6 +188,7 @@ def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
     assert "bf16 is no choice" in advice["reason"]
 
 
+@pytest.mark.slow
 def test_a_cache_for_fewer_requests_at_once_is_said_and_no_refusal() -> None:
     advice = asked(workload="decode-heavy", memory="80GB")
     bf16, w4a16 = by_recipe(advice)["bf16"], by_recipe(advice)["w4a16"]

@@ -78,6 +78,7 @@ def test_e2m1_equals_torchao() -> None:
     assert torch.equal(e2m1.codes(golden["e2m1.x"]), golden["e2m1.codes"])
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=64))
 def test_e2m1_equals_compressed_tensors(values: list[float]) -> None:

@@ -406,6 +406,7 @@ def test_a_gpus_profile_is_on_the_card(full: Artifact) -> None:
     assert cells(readme(full), "Speed gate")[0][1].startswith("passed: 0.94x in serving on machete")
 
 
+@pytest.mark.slow
 def test_every_number_of_a_gpus_profile_is_traced_to_it(full: Artifact) -> None:
     for name in ("w4a16-rtn", "int8-dynamic", "int4-hqq-tile"):
         evidence, speed = on_h200(full, name)
@@ -498,6 +499,7 @@ def test_several_kernels_of_the_engine_are_summed(full: Artifact) -> None:
     assert cells(speed, "16")[0] == ["16", f"{base / own:.2f}×"]
 
 
+@pytest.mark.slow
 def test_plots_know_their_device_and_their_kernels(full: Artifact) -> None:
     evidence, _ = on_h200(full, "int4-hqq-tile")
     card(full)

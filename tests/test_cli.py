@@ -103,6 +103,7 @@ def test_nothing_local_is_in_an_artifact(any_artifact: Path) -> None:
             assert "/tmp" not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_the_plans_figures_are_those_of_the_run(tmp_path: Path) -> None:
     plan = run_cli("plan", DEMO_MODEL, "-r", "w4a16", "--json").json()["plans"][0]
     code = (

@@ -127,6 +127,7 @@ def interpreter(folder: Path, body: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_question_reaches_a_package_of_vllms_shape_and_the_answer_comes_back(
     stub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -334,6 +334,7 @@ def test_stages_end_in_order_and_pass_errors_on() -> None:
         list(background(failing(), lambda _: 1, 4))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_evidence_of_other_weights_is_on_no_card_and_is_not_published(tmp_path: Path) -> None:
     """A profile copied over from another artifact says whose weights it timed."""
     one, two = (make_artifact(DEMO_MODEL, recipe, tmp_path / recipe) for recipe in ("fp8-dynamic", "w4a16-rtn"))

@@ -37,6 +37,7 @@ def fetched(hub: LoopbackHub, suffix: str) -> list[str]:
     return [entry.path for entry in hub.log if entry.method == "GET" and entry.path.endswith(suffix)]
 
 
+@pytest.mark.slow
 def test_quantize_from_the_hub_records_the_commit_and_equals_a_local_run(hub: LoopbackHub, tmp_path: Path) -> None:
     pinned = hub.head(REPO)
     hub.commit(REPO, {"config.json": b"{}"}, title="Somebody breaks main")
@@ -92,6 +93,7 @@ def test_an_interrupted_run_resumes_at_the_same_commit(hub: LoopbackHub, tmp_pat
     assert again.json()["shards_resumed"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -469,6 +469,7 @@ def cells(evidence: dict[str, Any]) -> list[tuple[str, str, int]]:
     return sorted(rows + [(e["gemm"], e["kernel"], m) for e in evidence["not_measured"] for m in e["m"]])
 
 
+@pytest.mark.slow
 def test_the_stage_measures_or_says_why_not(any_artifact: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(any_artifact, tmp_path / "copy"))
     artifact, seen = Artifact.open(path), []

@@ -31,6 +31,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantpub.kernels.work.Bench", lambda stopwatch: Bench(stopwatch, waited=lambda: 0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
 def test_two_artifacts_and_a_profile_from_elsewhere_stand_side_by_side(artifacts: list[Path], tmp_path: Path) -> None:
     first = run_cli("profile", str(artifacts[0]), *QUICK, "--json")

@@ -226,6 +226,7 @@ def test_a_server_error_before_the_commit_is_tried_again(hub: LoopbackHub, artif
     assert len(hub.history(REPO)) == 2
 
 
+@pytest.mark.slow
 def test_an_error_that_lies_is_not_believed(hub: LoopbackHub, artifact: Artifact) -> None:
     """500, but the commit did happen."""
     hub.faults.lose_reply("commit")
@@ -234,6 +235,7 @@ def test_an_error_that_lies_is_not_believed(hub: LoopbackHub, artifact: Artifact
     assert push(hub, artifact).commit == hub.head(REPO) and count(hub, "commit") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "route", ["info", "tree", "create", "auth-check", "whoami", "validate-yaml", "tag", "refs", "resolve"]
 )

@@ -38,6 +38,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_recipe_is_planned_quantized_verified_and_described(name: str, layout: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)

@@ -118,6 +118,7 @@ def test_recipes_for_shapes_quantize_a_random_model(model: Path, tmp_path: Path,
     assert run["scheme"]["name"] == whole["scheme"] and run["layout"] == whole["layout"]
 
 
+@pytest.mark.slow
 def test_shapes_artifacts_quantizes_side_by_side(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPTS / "shapes_artifacts.py", model, tmp_path, "w4a16-rtn", "nothing", "--jobs", "2"]
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False, cwd=tmp_path)

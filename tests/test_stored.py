@@ -156,6 +156,7 @@ def store(out: Path, *profiles: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_profile_is_stored_and_read_back(tmp_path: Path) -> None:
     assert store(tmp_path / "one.json", profile(tmp_path)).endswith("one.json: 3 series\n")
     one = read([tmp_path / "one.json"])["H200"]
@@ -169,6 +170,7 @@ def test_a_profile_is_stored_and_read_back(tmp_path: Path) -> None:
     assert sorted(max(each.us.values()) for each in bf16) == [5.0, 50.0] and len(bf16) == 2
 
 
+@pytest.mark.slow
 def test_two_files_of_a_gpu_are_one(tmp_path: Path) -> None:
     store(tmp_path / "one.json", profile(tmp_path))
     both = read([tmp_path / "one.json", *sorted(FOLDER.glob("*.json"))])["H200"]

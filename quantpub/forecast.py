@@ -42,9 +42,7 @@ class Forecast:
     def gpu(self) -> Gpu | None:
         """With the memory that the device itself states. None: a GPU that the table does not know."""
         device = self.evidence["made_by"]["device"].get("gpu")
-        found = of_device(device["name"]) if device else None
-        memory = (device or {}).get("memory")
-        return replace(found, memory=memory) if found and memory else found
+        return of_device(device["name"], device.get("memory")) if device else None
 
     @cached_property
     def machine(self) -> Machine:

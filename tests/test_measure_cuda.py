@@ -20,6 +20,7 @@ from test_profile import given, int4, int8
 
 from quantpub import whole_layer
 from quantpub.attention import STANDS_IN
+from quantpub.engines import symbols
 from quantpub.errors import GateError
 from quantpub.experts import ExpertWeights
 from quantpub.kernels import cuda, dense, measure_cuda, measure_moe, torch_int4, torch_int8
@@ -443,14 +444,26 @@ def test_symbols_say_what_was_launched_and_what_was_not_seen(device: Device, mon
         calls.append(len(call()))
         return ["void ns::gemm<int>(int)", "void ns::gemm<float>(int)"], None
 
-    monkeypatch.setattr(measure_cuda, "device_kernels", launched)
+    monkeypatch.setattr(symbols, "device_kernels", launched)
     found = gemm(device, replace(HALF, symbol="gemm"), replace(torch_int4.KERNEL, symbol="tinygemm"))
     found = found.symbols(7, {"bf16", "half", "torch-int4"})
     assert calls == [7, 7, 7] and [each["kernel"] for each in found] == ["bf16", "half", "torch-int4"]
     assert found[1] == {"kernel": "half", "gemm": "mlp.down_proj", "m": 7, "seen": ["ns::gemm"], "unconfirmed": None}
     assert found[2]["unconfirmed"] and "should run a kernel like tinygemm" in found[2]["unconfirmed"]
-    monkeypatch.setattr(measure_cuda, "device_kernels", lambda call: ([], "no profiler"))
+    monkeypatch.setattr(symbols, "device_kernels", lambda call: ([], "no profiler"))
     assert {each["unconfirmed"] for each in gemm(device, HALF).symbols(1, {"half"})} == {"no profiler"}
+
+
+def test_a_kernel_that_refuses_an_m_is_unconfirmed_there_and_ends_nothing(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(call: Callable[[], object]) -> tuple[list[str], str | None]:
+        raise RuntimeError("M must be below 16\nat line 3")
+
+    prepared = gemm(device, HALF)
+    monkeypatch.setattr(symbols, "device_kernels", refused)
+    (found,) = prepared.symbols(256, {"half"})
+    assert found["seen"] == [] and found["unconfirmed"] == "the op failed: M must be below 16"
 
 
 # copies and graphs

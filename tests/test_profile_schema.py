@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,7 @@ def unasked(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An engine that could not be asked, on a GPU that no table has."""
     patch.setattr("quantpub.kernels.serving.generation", lambda: "sm75")
     patch.setattr("torch.cuda.get_device_name", lambda: "Example 9000")
+    patch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=1 << 34))
     ask = Ask("mlp.down_proj", 64, 128, preset("FP8_DYNAMIC"), "ct-float")
     block = engine_block({"error": "vLLM is not installed"}, [ask], [], {"mlp.down_proj": []})
     assert block["unknown"] and not block["runs"]

@@ -632,6 +632,7 @@ def test_what_could_not_be_measured_beside_says_why(error: Exception, monkeypatc
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     it = work_of(Decoded(W4, "ct-pack", config=config | {"vocab_size": 9, "num_hidden_layers": 1}), [])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 10**9))
     monkeypatch.setattr(work, "around", lambda model, limits: {"said": (model.hidden, limits.batched)})
     assert work._around(it) == {"said": (64, 16384)}
     monkeypatch.setattr(work, "around", fail)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quantpub.kernels.base import Kernel
+from quantpub.kernels.base import OP_ERRORS, Kernel
 from quantpub.kernels.moe_base import MoeKernel
 
 COPIES = ("Memcpy", "Memset")
@@ -61,3 +61,13 @@ def confirm(kernel: Kernel | MoeKernel, ran: Sequence[str]) -> str | None:
         return None
     seen = "; ".join(short(name) for name in ran) or "nothing"
     return f"{kernel.name} should run a kernel like {kernel.symbol}; what ran: {seen}"
+
+
+def looked_at(kernel: Kernel | MoeKernel, gemm: str, m: int, call: Callable[[], object]) -> dict[str, Any]:
+    """An entry of the evidence: what a kernel's call launched, and why it is not confirmed, where it is not."""
+    try:
+        ran, reason = device_kernels(call)
+    except OP_ERRORS as error:  # a kernel may refuse this M and take others
+        ran, reason = [], f"the op failed: {(str(error).strip() or type(error).__name__).splitlines()[0]:.160}"
+    seen = list(dict.fromkeys(short(name) for name in ran))
+    return {"kernel": kernel.name, "gemm": gemm, "m": m, "seen": seen, "unconfirmed": reason or confirm(kernel, ran)}

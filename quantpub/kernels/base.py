@@ -19,6 +19,7 @@ from quantpub.scheme import Scheme
 
 Operands = tuple[torch.Tensor, ...]  # a tuple of tensors, so that a timer can clone it and rotate the clones
 BF16 = "bf16"
+OP_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError)  # what an op says no with
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from quantpub.engines.symbols import confirm, device_kernels, short
-from quantpub.kernels.base import Kernel, Operands, Weight
+from quantpub.engines.symbols import looked_at
+from quantpub.kernels.base import OP_ERRORS, Kernel, Operands, Weight
 from quantpub.kernels.check import Probe, check, check_split, judge, make_probe, tolerance
 from quantpub.kernels.cuda import Captured, cache_bytes, capture, rotated, tidy, together
 from quantpub.kernels.measure import Budget, Measured, failure, figures
@@ -23,7 +23,6 @@ from quantpub.timing import MINIMUM, NO_ROOM, Bench
 
 BASE = "baseline"
 NO_BASELINE = "the baseline has no time"
-OP_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError)  # what an op says no with
 MOST = 0.12  # seconds of rounds for one GEMM at one M: beyond, the interval hardly narrows
 OTHERS = "when its captured call is given other activations"
 KEEPS = "the call keeps something from earlier; nothing was recorded of it"
@@ -95,13 +94,12 @@ class CudaGemm:
 
     def symbols(self, m: int, only: Collection[str]) -> list[dict[str, Any]]:
         """What the kernels launched on the device at M = m, and why it is not what its name says, where it is not."""
-        x_MK, found = self.baseline.probe.rows(m), []
-        for each in (one for one in (self.baseline, *self.kernels) if one.kernel.name in only):
-            names, reason = device_kernels(partial(each.kernel.run, x_MK, each.copies[0]))
-            reason = reason or confirm(each.kernel, names)
-            seen = list(dict.fromkeys(short(name) for name in names))
-            found.append({"kernel": each.kernel.name, "gemm": self.gemm, "m": m, "seen": seen, "unconfirmed": reason})
-        return found
+        x_MK = self.baseline.probe.rows(m)
+        return [
+            looked_at(each.kernel, self.gemm, m, partial(each.kernel.run, x_MK, each.copies[0]))
+            for each in (self.baseline, *self.kernels)
+            if each.kernel.name in only
+        ]
 
     def cell(self, m: int, share: float, limit: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """(the rows of every kernel at one M, kernel → why it has none)."""

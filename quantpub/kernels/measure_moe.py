@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from quantpub.decode import Decoder
-from quantpub.engines.symbols import confirm, device_kernels, short
+from quantpub.engines.symbols import looked_at
 from quantpub.experts import ExpertLayer, ExpertWeights, load
 from quantpub.kernels import moe
-from quantpub.kernels.base import Operands
+from quantpub.kernels.base import OP_ERRORS, Operands
 from quantpub.kernels.check import relative_error, require
 from quantpub.kernels.cuda import Captured, cache_bytes, capture, tidy, together
 from quantpub.kernels.measure import Budget, Measured, failure, figures
@@ -25,7 +25,6 @@ from quantpub.kernels.measure_cuda import (
     BASE,
     KEEPS,
     NO_BASELINE,
-    OP_ERRORS,
     OTHERS,
     crowded,
     measure_cuda,
@@ -119,13 +118,11 @@ class CudaExperts:
 
     def symbols(self, m: int) -> list[dict[str, Any]]:
         """What each kernel launched on the device at M = m, and why it is not what its name says, where it is not."""
-        found, (routing,) = [], traffic(self.layer, m, 1, torch.device("cuda"))
-        for name, kernel in self.kernels.items():
-            names, reason = device_kernels(partial(_call, kernel, self.operands[name], routing))
-            seen = list(dict.fromkeys(short(one) for one in names))
-            entry = {"kernel": kernel.name, "gemm": self.layer.name, "m": m, "seen": seen}
-            found.append(entry | {"unconfirmed": reason or confirm(kernel, names)})
-        return found
+        (routing,) = traffic(self.layer, m, 1, torch.device("cuda"))
+        return [
+            looked_at(kernel, self.layer.name, m, partial(_call, kernel, self.operands[name], routing))
+            for name, kernel in self.kernels.items()
+        ]
 
     def cell(self, m: int, share: float, limit: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """(the rows of every kernel at one M, kernel → why it has none)."""

@@ -23,6 +23,7 @@ from quantpub.kernels.cuda import gpu_bench
 from quantpub.kernels.measure import Budget, GemmBench, Measured, failure, measure
 from quantpub.kernels.measure_cuda import CudaGemm, Taken, measure_cuda, unprepared
 from quantpub.kernels.measure_moe import MoeChoice, choose_moe, measure_experts
+from quantpub.kernels.moe import MOE_KERNELS
 from quantpub.kernels.serving import asks, cure_kernels, engine_block, expert_asks
 from quantpub.roofline import computes_in, weight_bits
 from quantpub.schedule import vllm_limits
@@ -109,15 +110,9 @@ def make_work(artifact: Artifact, kernels: Sequence[str] | None, device: str, tp
     layers = expert_layers(artifact, decoder, tp) if device == "cuda" else []
     if layers:
         gemms = [gemm for gemm in gemms if not gemm.experts]
-    known = [name for name in kernels if not _of_experts(name)] if kernels is not None else None
+    known = [name for name in kernels if name not in MOE_KERNELS] if kernels is not None else None
     choices = choose(known, decoder, gemms, device)
     return Work(decoder, gemms, layers, choices, choose_moe(layers, device, kernels), device, tp)
-
-
-def _of_experts(name: str) -> bool:
-    from quantpub.kernels.moe import MOE_KERNELS
-
-    return name in MOE_KERNELS
 
 
 def _counter(total: int, progress: Progress) -> Callable[[], None]:
@@ -204,7 +199,7 @@ def _engine(work: Work, reply: dict[str, Any], asked: list[Ask]) -> dict[str, An
 def _around(work: Work) -> dict[str, Any]:
     """What the rest of a step costs; where the GPU or the architecture is not known, why it was not measured."""
     device = torch.cuda.get_device_name()
-    gpu = of_device(device)
+    gpu = of_device(device, torch.cuda.get_device_properties(0).total_memory)
     if gpu is None:
         return {"not_measured": f"{device} is not in the table of GPUs"}
     try:

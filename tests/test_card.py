@@ -14,7 +14,7 @@ import pytest
 from conftest import DEMO_MODEL, ROOT, make_artifact, tree
 
 from quantpub.artifact import Artifact
-from quantpub.card import card, check, render
+from quantpub.card import card, check, gpu, render
 from quantpub.card.facts import facts
 from quantpub.errors import InputError, UsageError
 
@@ -773,3 +773,15 @@ def test_what_the_plan_notes_stands_among_the_limitations(
     card(artifact)
     text = section(readme(artifact), "Limitations")
     assert all(word in text for word in words), text
+
+
+def test_experts_of_several_kinds_are_named_with_the_kernel_that_was_timed_for_them() -> None:
+    """Both GEMMs of a kind have one kernel, under the layer's name and what is made of it."""
+    engine = {
+        "runs": {"mlp.experts 8×64×128 W4A16": "vllm-marlin-moe"},
+        "choices": [
+            {"gemm": f"mlp.experts.{leaf} 8×64×128 {scheme}", "kernel": "Marlin MoE", "source": "asked"}
+            for leaf, scheme in (("gate_up_proj", "W4A16"), ("down_proj", "W4A16"), ("down_proj", "W8A16"))
+        ],
+    }
+    assert [answer[2] for answer in gpu.choices(engine)] == ["`vllm-marlin-moe`", "not timed"]

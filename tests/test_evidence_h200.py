@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from quantpub.findings import totals
+from quantpub.findings import MARGIN, totals
 from quantpub.forecast import Forecast
 from quantpub.kernels.check import GEMM_TOLERANCE
 from quantpub.recipe import Gate
@@ -333,3 +333,9 @@ def test_served_and_predicted_speedups_fall_on_the_same_side() -> None:
                 min(row["measured_speedup"], row["predicted_speedup"]),
             )
             assert low > 0.95 or high < 1.05
+
+
+def test_the_margin_of_a_crossover_is_what_the_control_shows() -> None:
+    """`dequantized` is the very call of the baseline: what it differs by says nothing about a kernel."""
+    off = [abs(row["speedup"] - 1) for name in CHOSEN for row in load(name)["rows"] if row["kernel"] == "dequantized"]
+    assert len(off) > 300 and round(sum(each <= MARGIN for each in off) / len(off), 2) == 0.95

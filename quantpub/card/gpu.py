@@ -58,7 +58,8 @@ def choices(engine: Evidence) -> list[list[str]]:
 
 def _answer(choice: Evidence, runs: Mapping[str, str]) -> tuple[str, ...]:
     name, class_name = choice.get("kernel") or "none", choice.get("class_name")
-    whole = choice["gemm"].rpartition(".")[0]  # both GEMMs of grouped experts are timed as one operation
+    gemm, _, made = choice["gemm"].partition(" ")  # what is made of it follows, where layers differ
+    whole = f"{gemm.rpartition('.')[0]} {made}".strip()  # both GEMMs of grouped experts are timed as one operation
     timed = runs.get(choice["gemm"]) or runs.get(whole)
     source = "; ".join(filter(None, (choice.get("source"), choice.get("error"))))
     rejected = "; ".join(f"{kernel}: {why}" for kernel, why in (choice.get("rejected") or {}).items())

@@ -160,14 +160,6 @@ def _merge(prefix: str, leaf: str, shapes: Shapes, family: Family) -> tuple[str,
     return None
 
 
-def weight(decoder: Decoder, gemm: Gemm) -> QTensor:
-    """The artifact's own weight of the GEMM's first occurrence, members stacked, each with its own scales."""
-    parts = [decoder.qtensor(member) for member in gemm.members]
-    if len(parts) == 1:
-        return parts[0]
-    return stack(parts)
-
-
 def stack(parts: Sequence[QTensor]) -> QTensor:
     """Rows under rows, as engines merge members: of one scheme, with one global scale."""
     first, shares = parts[0], parts[0].scheme.weight.block[0]

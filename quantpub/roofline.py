@@ -55,11 +55,6 @@ class Work:
     def us(self, on: Machine) -> float:
         return 1e6 * max(self.bytes / on.bandwidth, self.ops / on.rate(self.num))
 
-    @property
-    def intensity(self) -> float:
-        """Operations a byte."""
-        return self.ops / self.bytes
-
 
 def computes_in(scheme: Scheme | None) -> str:
     """The number format that the tensor cores multiply: that of the activations."""

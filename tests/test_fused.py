@@ -15,7 +15,8 @@ from quantpub.checkpoint import open_checkpoint
 from quantpub.decode import Decoder
 from quantpub.families import FAMILIES
 from quantpub.fused import fused_amax, shares
-from quantpub.gemms import engine_gemms, fuse, stack, weight
+from quantpub.gemms import engine_gemms, fuse, stack
+from quantpub.merged import load as load_merged
 from quantpub.plan import make_plan
 from quantpub.qtensor import dequantize, same_bits
 from quantpub.recipe import load_recipe
@@ -53,7 +54,7 @@ def test_merged_members_have_one_global_scale_bit_for_bit(tmp_path: Path) -> Non
         stacked = stack(parts)
         assert torch.equal(dequantize(stacked), torch.cat([dequantize(part) for part in parts]))
     gemms = engine_gemms(decoder.artifact, decoder)
-    assert weight(decoder, gemms[0]).shape == (gemms[0].n, gemms[0].k)
+    assert load_merged(decoder, gemms[0])[0].shape == (gemms[0].n, gemms[0].k)
 
 
 def test_the_artifact_is_the_same_after_an_interruption(tmp_path: Path) -> None:

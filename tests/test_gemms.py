@@ -11,7 +11,8 @@ from conftest import DEMO_MODEL, make_artifact
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.families import FAMILIES
-from quantpub.gemms import engine_gemms, group, weight
+from quantpub.gemms import engine_gemms, group
+from quantpub.merged import load as load_merged
 from quantpub.qtensor import dequantize
 
 
@@ -30,7 +31,9 @@ def test_members_stack_to_the_weight_an_engine_multiplies_by(recipe: str, layout
     decoder = Decoder(Artifact.open(make_artifact(DEMO_MODEL, recipe, tmp_path / "a", layout)))
     for gemm in engine_gemms(decoder.artifact, decoder):
         parts = [dequantize(decoder.qtensor(member)) for member in gemm.members]
-        assert torch.equal(dequantize(weight(decoder, gemm)), torch.cat(parts)) and gemm.n == sum(map(len, parts))
+        assert torch.equal(dequantize(load_merged(decoder, gemm)[0]), torch.cat(parts)) and gemm.n == sum(
+            map(len, parts)
+        )
 
 
 def test_members_stay_apart_where_a_block_would_hold_rows_of_two() -> None:

@@ -20,7 +20,7 @@ from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import GateError, InputError, UsageError
 from quantpub.families import FAMILIES
-from quantpub.gemms import Gemm, engine_gemms, fuse, group, weight
+from quantpub.gemms import Gemm, engine_gemms, fuse, group
 from quantpub.kernels import KERNELS, dense, torch_fp8, torch_int4, torch_int8
 from quantpub.kernels.base import Kernel, Operands, Weight
 from quantpub.kernels.check import (
@@ -34,6 +34,7 @@ from quantpub.kernels.check import (
     tolerance,
 )
 from quantpub.kernels.measure import GemmBench
+from quantpub.merged import load as load_merged
 from quantpub.profile import profile
 from quantpub.profile_table import gemm_table, usable
 from quantpub.qtensor import QTensor, dequantize
@@ -441,7 +442,7 @@ def test_the_demo_models_gemms_and_stacked_weights(any_artifact: Path) -> None:
     }
     for gemm in found:
         stacked = torch.cat([dequantize(decoder.qtensor(member)) for member in gemm.members])
-        assert torch.equal(dequantize(weight(decoder, gemm)), stacked) and stacked.shape == (gemm.n, gemm.k)
+        assert torch.equal(dequantize(load_merged(decoder, gemm)[0]), stacked) and stacked.shape == (gemm.n, gemm.k)
 
 
 def test_experts_without_a_top_k_are_an_error(artifact: Path) -> None:

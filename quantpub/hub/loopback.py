@@ -5,7 +5,8 @@
         api = HfApi(endpoint=hub.endpoint, token=hub.token)   # the real client
         hub.log                                              # every request, in order
 
-It holds models only and speaks plain LFS: a client that is to upload must run with HF_HUB_DISABLE_XET=1.
+It holds models, and datasets to read (`datasets/org/name`), and speaks plain LFS: a client that is to upload must run
+with HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ def info(hub: Hub, request: Request, person: Person) -> Reply:
 
 
 def _identity(repo: Repo, commit: Commit) -> dict[str, Any]:
-    first = min(repo.commits.values(), key=lambda known: known.at)
+    first, name = min(repo.commits.values(), key=lambda known: known.at), repo.id.removeprefix("datasets/")
     return {
-        "_id": repo.id,
-        "id": repo.id,
-        "modelId": repo.id,
-        "author": repo.id.split("/")[0],
+        "_id": name,
+        "id": name,
+        **({"modelId": name} if name == repo.id else {}),
+        "author": name.split("/")[0],
         "sha": commit.oid,
         "createdAt": _time(first.at),
         "lastModified": _time(commit.at),

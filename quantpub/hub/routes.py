@@ -17,6 +17,7 @@ from quantpub.hub.state import Hub
 from quantpub.hub.wire import Refusal, Reply, Request
 
 MODEL = "/api/models/{owner}/{name}"
+DATASET = "/api/{kind}/{owner}/{name}"  # datasets, which are read only
 
 
 class Route(NamedTuple):
@@ -32,13 +33,18 @@ HUB = (
     Route("validate-yaml", "POST", "/api/validate-yaml", writing.validate_yaml),
     Route("info", "GET", MODEL, reading.info),
     Route("info", "GET", MODEL + "/revision/{rev}", reading.info),
+    Route("info", "GET", DATASET, reading.info),
+    Route("info", "GET", DATASET + "/revision/{rev}", reading.info),
     Route("auth-check", "GET", MODEL + "/auth-check", reading.auth_check),
     Route("auth-check", "GET", MODEL + "/auth-check/write", reading.auth_check_write),
     Route("settings", "PUT", MODEL + "/settings", writing.settings),
     Route("tree", "GET", MODEL + "/tree/{rev}", reading.tree),
     Route("tree", "GET", MODEL + "/tree/{rev}/{path}", reading.tree),
+    Route("tree", "GET", DATASET + "/tree/{rev}", reading.tree),
+    Route("tree", "GET", DATASET + "/tree/{rev}/{path}", reading.tree),
     Route("paths-info", "POST", MODEL + "/paths-info/{rev}", reading.paths_info),
     Route("refs", "GET", MODEL + "/refs", reading.refs),
+    Route("refs", "GET", DATASET + "/refs", reading.refs),
     Route("commits", "GET", MODEL + "/commits/{rev}", reading.commits),
     Route("preupload", "POST", MODEL + "/preupload/{rev}", writing.preupload),
     Route("commit", "POST", MODEL + "/commit/{rev}", committing.commit),
@@ -48,6 +54,7 @@ HUB = (
     Route("lfs-batch", "POST", "/{owner}/{name}.git/info/lfs/objects/batch", lfs.batch),
     Route("lfs-verify", "POST", "/{owner}/{name}.git/info/lfs/verify", lfs.verify),
     Route("resolve", "GET HEAD", "/{owner}/{name}/resolve/{rev}/{path}", resolving.resolve),
+    Route("resolve", "GET HEAD", "/{kind}/{owner}/{name}/resolve/{rev}/{path}", resolving.resolve),
 )
 STORAGE = (
     Route("lfs-put", "PUT", "/{owner}/{name}/lfs/{oid}", lfs.put),
@@ -62,7 +69,7 @@ def _nowhere(hub: Hub, request: Request, person: Person) -> Reply:
 
 
 NOWHERE = Route("none", "", "", _nowhere)
-_PARTS = {"path": ".+", "oid": "[0-9a-f]{64}", "number": "[0-9]+"}
+_PARTS = {"kind": "datasets", "path": ".+", "oid": "[0-9a-f]{64}", "number": "[0-9]+"}
 
 
 def _pattern(address: str) -> re.Pattern[str]:

@@ -65,7 +65,9 @@ class Hub:
         return hmac.new(self.secret, f"{path}?{query}".encode(), hashlib.sha256).hexdigest()
 
     def repo(self, params: Mapping[str, str]) -> Repo | None:
-        return self.store.repos.get(f"{params['owner']}/{params['name']}")
+        """The model, or the dataset under its name with `datasets/` before it."""
+        kind = f"{params['kind']}/" if "kind" in params else ""
+        return self.store.repos.get(f"{kind}{params['owner']}/{params['name']}")
 
     def readable(self, request: Request, person: Person, content: bool = False) -> tuple[Repo, Commit]:
         """The repository and commit that a request names. Errors: Refusal as the Hub words it."""

@@ -23,7 +23,7 @@ def create(hub: Hub, request: Request, person: Person) -> Reply:
     if not may_write(person):
         raise Refusal(403, "You don't have the rights to create a model under this namespace")
     if asked.get("type", "model") != "model":
-        raise Refusal(400, "This Hub holds models only")
+        raise Refusal(400, "This Hub takes models only")
     repo_id = f"{asked.get('organization') or person.name}/{_name(asked.get('name'))}"
     address = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id}
     if hub.store.create(repo_id, _private(asked.get("visibility"), bool(asked.get("private", False)))):

@@ -5,6 +5,7 @@ The tests over PAIRS take every algorithm of the registry with every preset that
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,16 @@ def weights(n: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> t
 
 
 def run(name: str, scheme: Scheme, w: torch.Tensor, stats: Stats | None = None) -> QTensor:
-    return ALL[name].quantize(w, stats, scheme, ALL[name].params())
+    return ALL[name].quantize(w, calibrated(name, scheme, w, stats), scheme, ALL[name].params())
+
+
+def calibrated(name: str, scheme: Scheme, w: torch.Tensor, stats: Stats | None) -> Stats | None:
+    """`stats` with what the algorithm or the scheme cannot do without."""
+    if "hessian" in ALL[name].needs:
+        stats = replace(stats or Stats(), hessian_KK=torch.eye(w.shape[1]))
+    if scheme.act is not None and (scheme.act.global_scale or not scheme.act.dynamic):
+        stats = replace(stats or Stats(), input_amax=4.0)
+    return stats
 
 
 def rounded(scheme: str, w: torch.Tensor) -> QTensor:

@@ -17,6 +17,9 @@ ALGORITHMS = {
     "hqq": Entry(
         "quantpub.algorithms.hqq:ALGORITHM", "half-quadratic: scale and zero for an error that forgives outliers"
     ),
+    "gptq": Entry(
+        "quantpub.algorithms.gptq:ALGORITHM", "each column's rounding error made good by the next; from a Hessian"
+    ),
     "fp8": Entry(
         "quantpub.algorithms.fp8:ALGORITHM",
         "cast to FP8 E4M3: a scale a row, block or tensor, from the largest magnitude",

@@ -27,34 +27,45 @@ FLOAT_ZERO = "float"
 
 @dataclass(frozen=True)
 class Algorithm:
-    """name; params: a frozen dataclass type; reject: scheme → reason it cannot, or None; quantize: the function."""
+    """name; params: a frozen dataclass type; reject: scheme → reason it cannot, or None; quantize: the function.
+
+    needs: what of Stats it cannot do without (`hessian`). uses_moments: whether second moments of inputs, where they are
+    known, make it weigh errors by them.
+    """
 
     name: str
     params: type[Any]
     reject: Callable[[Scheme], str | None]
     quantize: Callable[[torch.Tensor, Stats | None, Scheme, Any], QTensor]
+    needs: tuple[str, ...] = ()
+    uses_moments: bool = False
 
 
 Rows = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # scale_RG and integer zero_RG, in float32
 
 
-def by_row_blocks(rows: Rows, w_NK: torch.Tensor, scheme: Scheme) -> QTensor:
+def by_row_blocks(rows: Rows, w_NK: torch.Tensor, scheme: Scheme, elements: int = BLOCK_ELEMENTS) -> QTensor:
     """Apply `rows`: w_RK → (codes_RK, scale_RG) or (codes_RK, scale_RG, zero_RG) to blocks of rows, and join.
 
-    For blocks of one row (bn == 1) only.
+    For blocks of one row (bn == 1) only. elements: the size of a block, on the CPU; elsewhere all rows are one.
     """
     assert scheme.weight.block[0] == 1, scheme
+    return QTensor(scheme, *in_blocks(rows, w_NK, elements))
+
+
+def in_blocks(rows: Rows, w_NK: torch.Tensor, elements: int = BLOCK_ELEMENTS) -> tuple[torch.Tensor, ...]:
+    """What `rows` makes of blocks of rows, joined part by part."""
     n, k = w_NK.shape
-    step = max(1, BLOCK_ELEMENTS // k) if w_NK.device.type == "cpu" else n
+    step = max(1, elements // k) if w_NK.device.type == "cpu" else n
     made = _alike(rows, w_NK[:step])
     if step >= n:
-        return QTensor(scheme, *made)
-    whole = [part.new_empty((n, *part.shape[1:])) for part in made]
+        return made
+    whole = tuple(part.new_empty((n, *part.shape[1:])) for part in made)
     for start in range(0, n, step):
         for out, part in zip(whole, made if start == 0 else _alike(rows, w_NK[start : start + step]), strict=True):
             out[start : start + step] = part
-    return QTensor(scheme, *whole)
+    return whole
 
 
 def _alike(rows: Rows, w_RK: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -218,7 +229,13 @@ def finish(
     groups: Groups, w_RK: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """What `by_row_blocks` joins: codes, stored scale and integer zero. scale: as stored; zero: float32 or None."""
-    u_RGg = groups.codes(scale.float(), zero)
+    return coded(groups.codes(scale.float(), zero), w_RK, scale, zero)
+
+
+def coded(
+    u_RGg: torch.Tensor, w_RK: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The same of codes less their zero that are known already; they are overwritten."""
     if zero is None:
         return u_RGg.to(torch.int8).view(w_RK.shape), scale
     return u_RGg.add_(zero[..., None]).to(torch.int8).view(w_RK.shape), scale, zero.to(torch.int8)

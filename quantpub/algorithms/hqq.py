@@ -245,4 +245,4 @@ def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Pa
     return by_row_blocks(rows, w_NK, scheme)
 
 
-ALGORITHM = Algorithm("hqq", Params, reject, quantize)
+ALGORITHM = Algorithm("hqq", Params, reject, quantize, uses_moments=True)

@@ -82,4 +82,4 @@ def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Pa
     return by_row_blocks(rows, w_NK, scheme)
 
 
-ALGORITHM = Algorithm("mxfp4", Params, reject, quantize)
+ALGORITHM = Algorithm("mxfp4", Params, reject, quantize, uses_moments=True)

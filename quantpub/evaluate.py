@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from quantpub.activations import rounding_of
+from quantpub.activations import known
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import INDEX, Checkpoint, open_checkpoint
 from quantpub.decode import Decoder
@@ -255,8 +255,9 @@ def _is_source(artifact: Artifact, checkpoint: Checkpoint) -> bool:
 
 def _activations(model: ArtifactModel) -> dict[str, Any]:
     """How activations were rounded, and the quantized parameters whose input could not be rounded."""
-    acts = [asdict(act) for act in dict.fromkeys(model.acts) if act and rounding_of(act)]
-    return {"quantized": acts, "not_emulated": model.not_emulated()}
+    acts = [asdict(act) for act in dict.fromkeys(model.acts) if act and known(act)]
+    cache = {"kv_cache": f"fp8_e4m3, {len(model.kv_scales)} attentions"} if model.kv_scales else {}
+    return {"quantized": acts, "not_emulated": model.not_emulated(), **cache}
 
 
 def _require_finite(rows: list[Row], artifact: Artifact) -> None:

@@ -4,8 +4,9 @@ Legend: M tokens, N out_features, K in_features.
 
 Weights are decoded from the artifact (layout.unpack, then dequantize) and handed to `from_pretrained` as a state dict
 under their checkpoint names, so that transformers' own conversion places them, fused experts included. Where the scheme
-quantizes activations, the input of every quantized weight is rounded as the serving kernel rounds it; which parameters
-those are is found by sending a mask of ones and zeros through the same conversion.
+quantizes activations, the input of every quantized weight is rounded as the serving kernel rounds it, under the weight's own
+calibrated scale where it has one; which parameters those are is found by sending a mask of small numbers, one for every way
+of rounding, through the same conversion. Keys and values are rounded where the checkpoint has scales of an FP8 KV cache.
 Rounding is in `activations.py`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantpub.activations import Rounding, rounding_of
+from quantpub.activations import Rounding, calibrated, rounding_of
+from quantpub.cached import RoundedCache
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.qtensor import dequantize
 from quantpub.scheme import ActFormat
 
-NOT, PARTLY = -1, -2  # beside places of treatments
+NOT, PARTLY = -1, -2  # beside places of ways of rounding
+EXACT_BF16 = 256  # whole numbers up to here
 Read = Callable[[], torch.Tensor]
 
 
@@ -71,29 +75,35 @@ class ArtifactModel:
         """Errors: InputError when a tensor is missing or the model has no place for one."""
         decoder.require_whole()
         self.acts = _acts(decoder)
-        self._masks = _quantized_slices(decoder) if any(self.acts) else {}
+        self._ways, places = _ways(decoder)
+        self._masks = _quantized_slices(decoder, places) if self._ways else {}
         self.model = _load(_config(decoder), _weights(decoder), torch.float32, decoder.artifact.path).to(device)
         self._rounded = RoundedActivations(self._weights()) if self._masks else None
+        self.kv_scales = decoder.kv_scales()
+        self._cache = RoundedCache(self.model, self.kv_scales) if self.kv_scales else None
 
     def _weights(self) -> dict[tuple[int, int], tuple[str, Rounding]]:
         """Each 2-D weight whose whole input is rounded in one way that is known here."""
         parameters, weights = dict(self.model.named_parameters()), {}
         for name, marks in self._masks.items():
             for part, mark in zip(_slices(parameters[name]), marks, strict=True):
-                act = self.acts[mark] if mark >= 0 else None
-                if act is not None and (rounding := rounding_of(act)):
+                if mark >= 0 and (rounding := self._ways[mark].rounding()):
                     weights[part.data_ptr(), part.numel()] = (name, rounding)
         return weights
 
     def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
-        with self._rounded or contextlib.nullcontext():
+        with self._rounded or contextlib.nullcontext(), self._cache or contextlib.nullcontext():
             logits: torch.Tensor = self.model(x_BT, use_cache=False).logits
         return logits
 
     def not_emulated(self) -> list[str]:
-        """Quantized parameters whose input was not rounded so far, all of it or in part, though the scheme says so."""
+        """Quantized parameters whose input was not rounded so far, all of it or in part, though the scheme says so.
+
+        Attentions too, whose keys and values were not.
+        """
         reached = self._rounded.reached if self._rounded else set()
-        return sorted(name for name, marks in self._masks.items() if name not in reached or PARTLY in marks)
+        left = {name for name, marks in self._masks.items() if name not in reached or PARTLY in marks}
+        return sorted(left | (self.kv_scales.keys() - (self._cache.reached if self._cache else set())))
 
 
 def load_baseline(folder: Path, device: str = "cpu") -> Any:
@@ -168,24 +178,51 @@ def _acts(decoder: Decoder) -> list[ActFormat | None]:
     return [t.scheme.act if place in used else None for place, t in enumerate(decoder.treatments)]
 
 
-def _quantized_slices(decoder: Decoder) -> dict[str, list[int]]:
-    """Model parameter → the treatment of each of its 2-D slices, for every parameter whose input is rounded somewhere.
+@dataclass(frozen=True)
+class Way:
+    """How the input of a weight is rounded. scale: the calibrated one, as a number."""
 
-    A slice is PARTLY treated where a fused weight has a member that the recipe ignores: its one input cannot be
-    rounded for the others alone.
+    act: ActFormat
+    scale: float | None
+
+    def rounding(self) -> Rounding | None:
+        return rounding_of(self.act, None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32))
+
+
+def _ways(decoder: Decoder) -> tuple[list[Way], dict[str, int]]:
+    """Every way of rounding in the artifact, and module → place of its own among them; not there: none."""
+    ways: dict[Way, int] = {}
+    places = {}
+    for module, _ in decoder.modules():
+        act = decoder.treated(module).scheme.act
+        if act is None:
+            continue
+        scale = decoder.input_scale(module) if calibrated(act) else None
+        way = Way(act, None if scale is None else float(scale))
+        places[module] = ways.setdefault(way, len(ways))
+    return list(ways), places
+
+
+def _quantized_slices(decoder: Decoder, places: dict[str, int]) -> dict[str, list[int]]:
+    """Model parameter → the way of each of its 2-D slices, for every parameter whose input is rounded somewhere.
+
+    A slice is PARTLY rounded where a fused weight has members that are rounded in several ways, or not at all: its one
+    input cannot be rounded for each.
     """
-    acts = _acts(decoder)
-    marks = [torch.tensor(float(place + 1 if act else 0), dtype=torch.bfloat16) for place, act in enumerate(acts)]
-    place = {module: decoder.place(module) for module, _ in decoder.modules()}
-    state = {f"{module}.weight": marks[place[module]].expand(shape) for module, shape in decoder.modules()}
-    state |= {name: torch.zeros((), dtype=torch.bfloat16).expand(decoder.shape(name)) for name in decoder.copied()}
-    parameters = _load(_config(decoder), state, torch.bfloat16, decoder.artifact.path).named_parameters()
+    dtype = torch.bfloat16 if len(set(places.values())) < EXACT_BF16 else torch.float32
+
+    def mark(value: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor(value, dtype=dtype).expand(shape)
+
+    state = {f"{module}.weight": mark(places.get(module, NOT) + 1, shape) for module, shape in decoder.modules()}
+    state |= {name: mark(0, decoder.shape(name)) for name in decoder.copied()}
+    parameters = _load(_config(decoder), state, dtype, decoder.artifact.path).named_parameters()
     found = {name: [_mark(mask) for mask in _slices(parameter)] for name, parameter in parameters}
     return {name: marks for name, marks in found.items() if set(marks) - {NOT}}
 
 
 def _mark(mask: torch.Tensor) -> int:
-    """The place of the one treatment of a whole slice, NOT, or PARTLY."""
+    """The place of the one way of a whole slice, NOT, or PARTLY."""
     low, high = int(mask.amin()), int(mask.amax())
     return high - 1 if low == high else PARTLY
 

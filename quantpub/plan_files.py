@@ -24,7 +24,7 @@ def artifact_config(plan: Plan) -> dict[str, Any]:
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     treated = {action.module: action.treatment for action in plan.actions if action.treatment is not None}
-    return declared(plan.treatments, treated, plan.ignored)
+    return declared(plan.treatments, treated, plan.ignored, bool(plan.kv))
 
 
 def config_files(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -84,12 +84,22 @@ def unquantized(copied: Iterable[tuple[str, str]], family: Family) -> tuple[str,
     return tuple(sorted(found | merged | {"lm_head"}, key=natural))
 
 
-def declared(treatments: Sequence[Treatment], treated: Mapping[str, int], ignored: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of modules → place in `treatments`.
+def declared(
+    treatments: Sequence[Treatment], treated: Mapping[str, int], ignored: Sequence[str], kv_cache: bool = False
+) -> dict[str, Any]:
+    """`quantization_config` of modules → place in `treatments`. kv_cache: whether the checkpoint holds scales of one.
 
     Where there is more than one, each group names its modules in full: a class name would come before the members of a
     merged module in SGLang's order of lookup, and after them in vLLM's. Experts are named as vLLM asks for them, too.
     """
+    config, cache = _weights_config(treatments, treated, ignored), treatments[0].layout.kv_cache
+    assert not kv_cache or cache is not None, "a layout without a place for its scales is refused"
+    return cache.declare(config) if kv_cache and cache is not None else config
+
+
+def _weights_config(
+    treatments: Sequence[Treatment], treated: Mapping[str, int], ignored: Sequence[str]
+) -> dict[str, Any]:
     used = sorted(set(treated.values())) or [0]
     first = treatments[used[0]]
     if first.layout.method == CT:

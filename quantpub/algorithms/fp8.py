@@ -10,12 +10,14 @@ magnitude of them all, so that the merged weight has one scale.
 E4M3 repeats itself every octave, so a scale is as good as amax / 448 says only by chance: `row_search` tries eight over
 one octave for each row. It takes 10 % of the squared error off rows of 512 columns, 4 % off 4096, 2 % off 14336. A block
 or a tensor averages over too many weights to gain from it.
+
+Activations with a calibrated scale take the same: the largest magnitude that calibration saw, / 448, in float32.
 Source: the OCP 8-bit floating point specification, E4M3 (no infinity, largest finite value 448).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +26,7 @@ from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 from quantpub.stats import Stats
 
+HIGH = 448.0
 OCTAVE = tuple(2 ** (i / 8) for i in range(1, 9))
 
 
@@ -48,8 +51,19 @@ def reject(scheme: Scheme) -> str | None:
 def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Params) -> QTensor:
     """w_NK: float [N, K]. Codes float8_e4m3fn [N, K]; scale [N, 1] in w's dtype, or float32 [ceil(N/bn), ceil(K/bk)]."""
     if scheme.weight.block == (1, WHOLE):
-        return _by_rows(w_NK, scheme, params.row_search)
-    return _by_bands(w_NK, None if stats is None else stats.group_amax, scheme)
+        q = _by_rows(w_NK, scheme, params.row_search)
+    else:
+        q = _by_bands(w_NK, None if stats is None else stats.group_amax, scheme)
+    if scheme.act is None or scheme.act.dynamic:
+        return q
+    assert stats is not None and stats.input_amax is not None, f"no input was observed, and {scheme.name} scales it"
+    return replace(q, input_scale=amax_scale(stats.input_amax).to(w_NK.device))
+
+
+def amax_scale(amax: float) -> torch.Tensor:
+    """The scale that maps `amax` to 448: a float32 scalar, normal and so with a finite reciprocal; of zeros alone 1."""
+    scale = amax / HIGH if amax else 1.0
+    return torch.tensor(scale, dtype=torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _cast(w: torch.Tensor, scale: torch.Tensor, high: float) -> torch.Tensor:

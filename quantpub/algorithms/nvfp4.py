@@ -9,6 +9,9 @@ takes, group by group, the E4M3 scale of least squared error. E2M1 has nothing b
 are better off with their largest magnitude at 4 or just above 3: the window of candidates reaches from 0.8 to 1.7 of the
 plain scale. E4M3 bytes are ordered as their values are, so a candidate is a byte plus an offset.
 
+Where activations are FP4 too, engines scale their groups at run time, E4M3(amax / 6) under a calibrated global scale: the
+least power of two under which the largest group that calibration saw still fits.
+
 The global scale is the least power of two under which the largest scale wanted, amax / 4, still fits E4M3. Scales are
 normal E4M3 numbers, 2^-6 or more: kernels without FP4 arithmetic repack them to an unsigned E5M3 and lose or overflow
 what is negative, zero or subnormal (vLLM's Marlin). A group of zeros, or one 2^-15 below the largest weight, gets 2^-6.
@@ -50,10 +53,20 @@ def reject(scheme: Scheme) -> str | None:
 
 
 def global_scale(amax: float) -> float:
-    """The least power of two s with amax / (4 s) <= 448; its reciprocal is a normal float32."""
-    if amax == 0:
+    """Of weights: the least power of two s with amax / (4 s) <= 448; its reciprocal is a normal float32."""
+    return _power_of_two(amax / 4 / LARGEST)
+
+
+def input_scale(amax: float) -> float:
+    """Of activations: the least power of two s with amax / (6 s) <= 448; its reciprocal is a normal float32."""
+    return _power_of_two(amax / e2m1.MAX / LARGEST)
+
+
+def _power_of_two(least: float) -> float:
+    """The least one from `least` on, 2^-126 or more; of nothing but zeros 1."""
+    if least == 0:
         return 1.0
-    mantissa, exponent = math.frexp(amax / 4 / LARGEST)
+    mantissa, exponent = math.frexp(least)
     return math.ldexp(1.0, max(exponent - (mantissa == 0.5), -126))
 
 
@@ -92,7 +105,7 @@ def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Pa
     low, high = (float(end) for end in torch.aminmax(w_NK))
     scale = global_scale(max(-low, high) if shared is None else shared)
     moment_K = None if stats is None else stats.second_moment_K
-    importance_Gg = None if moment_K is None else moment_K.to(w_NK.device, torch.float32).view(-1, scheme.group_size)
+    importance_Gg = None if moment_K is None else _importance(moment_K.to(w_NK.device), scheme.group_size)
 
     def rows(w_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_RGg = w_RK.float().mul(1 / scale).view(len(w_RK), -1, scheme.group_size)
@@ -103,8 +116,20 @@ def quantize(w_NK: torch.Tensor, stats: Stats | None, scheme: Scheme, params: Pa
         codes_RGg = e2m1.codes(x_RGg / _value(byte_RG)[..., None])
         return codes_RGg.view(w_RK.shape), byte_RG.view(torch.float8_e4m3fn)
 
-    q = by_row_blocks(rows, w_NK, scheme)
-    return replace(q, global_scale=torch.tensor(scale, dtype=torch.float32, device=w_NK.device))
+    def stored(value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=w_NK.device)
+
+    q = replace(by_row_blocks(rows, w_NK, scheme), global_scale=stored(scale))
+    if scheme.act is None:
+        return q
+    assert stats is not None and stats.input_amax is not None, f"no input was observed, and {scheme.name} scales it"
+    return replace(q, input_scale=stored(input_scale(stats.input_amax)))
 
 
-ALGORITHM = Algorithm("nvfp4", Params, reject, quantize)
+def _importance(moment_K: torch.Tensor, group: int) -> torch.Tensor:
+    """Moments as groups, float32 [G, g]; all columns alike in a group that no activation reached."""
+    moment_Gg = moment_K.float().view(-1, group)
+    return torch.where(moment_Gg.sum(-1, keepdim=True) > 0, moment_Gg, 1.0)
+
+
+ALGORITHM = Algorithm("nvfp4", Params, reject, quantize, uses_moments=True)

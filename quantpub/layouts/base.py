@@ -28,6 +28,26 @@ def no_files(config: Config) -> dict[str, Config]:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """How a layout says that keys and values are kept in FP8, with one multiplier of each for an attention.
+
+    name(attention, letter) → the tensor of k or v, float32 of `shape`. declare(quantization_config) → the same, with it.
+    """
+
+    name: Callable[[str, str], str]
+    shape: tuple[int, ...]
+    declare: Callable[[Config], Config]
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """Where a layout keeps the calibrated scale of activations: read(the tensor of this suffix) → multiplier, float32 ()."""
+
+    suffix: str
+    read: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Layout:
     """name; kind: `checkpoint` (an engine loads it) or `kernel` (a kernel eats it). method: `quant_method` of the config.
 
@@ -40,6 +60,7 @@ class Layout:
     group(scheme) → one entry of `config_groups`, where a checkpoint may mix this layout with others of its method.
     metadata(quantized modules, other tensors) → entries of every shard's safetensors header.
     files(quantization_config) → other JSON files that this layout wants beside config.json.
+    input_scale: of schemes with calibrated activations. kv_cache: None where the layout has no place for its scales.
     """
 
     name: str
@@ -54,6 +75,8 @@ class Layout:
     group: Callable[[Scheme], Config] | None = None
     metadata: Callable[[Modules, Sequence[str]], dict[str, str]] = no_metadata
     files: Callable[[Config], dict[str, Config]] = no_files
+    input_scale: InputScale | None = None
+    kv_cache: KvCache | None = None
 
 
 def reject_integers(
@@ -122,6 +145,18 @@ def ct_group(form: str, weights: Config, inputs: Config | None) -> Config:
         "output_activations": None,
         "format": form,
     }
+
+
+def _ct_kv_name(attention: str, letter: str) -> str:
+    return f"{attention}.{letter}_scale"
+
+
+def _ct_kv_cache(config: Config) -> Config:
+    """Engines keep the cache in FP8 by default when they find this, and take 1.0 for a scale that is missing."""
+    return config | {"kv_cache_scheme": ct_arguments(8, "float", "tensor", False)}
+
+
+CT_KV_CACHE = KvCache(_ct_kv_name, (1,), _ct_kv_cache)
 
 
 def ct_config(groups: Sequence[Config], ignore: Sequence[str]) -> Config:

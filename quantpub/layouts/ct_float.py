@@ -17,7 +17,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.base import (
+    CT,
+    CT_KV_CACHE,
+    Config,
+    InputScale,
+    Layout,
+    Spec,
+    Tensors,
+    ct_arguments,
+    ct_config,
+    ct_group,
+)
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
@@ -93,4 +104,18 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return (SIDE, SIDE) if _strategy(scheme) == "block" else (1, 1)
 
 
-LAYOUT = Layout("ct-float", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)
+INPUT_SCALE = InputScale("input_scale", lambda scale: scale.reshape(()))
+LAYOUT = Layout(
+    "ct-float",
+    "checkpoint",
+    CT,
+    reject,
+    spec,
+    pack,
+    unpack,
+    config,
+    tp_multiple,
+    group,
+    input_scale=INPUT_SCALE,
+    kv_cache=CT_KV_CACHE,
+)

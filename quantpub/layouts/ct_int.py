@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.base import CT, CT_KV_CACHE, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
@@ -61,4 +61,6 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return 1, 1
 
 
-LAYOUT = Layout("ct-int", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)
+LAYOUT = Layout(
+    "ct-int", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group, kv_cache=CT_KV_CACHE
+)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.base import CT, CT_KV_CACHE, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme, WeightFormat
@@ -64,4 +64,6 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return 1, GROUP
 
 
-LAYOUT = Layout("ct-mxfp4", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)
+LAYOUT = Layout(
+    "ct-mxfp4", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group, kv_cache=CT_KV_CACHE
+)

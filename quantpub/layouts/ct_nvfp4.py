@@ -18,7 +18,18 @@ from dataclasses import replace
 
 import torch
 
-from quantpub.layouts.base import CT, Config, Layout, Spec, Tensors, ct_arguments, ct_config, ct_group
+from quantpub.layouts.base import (
+    CT,
+    CT_KV_CACHE,
+    Config,
+    InputScale,
+    Layout,
+    Spec,
+    Tensors,
+    ct_arguments,
+    ct_config,
+    ct_group,
+)
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
@@ -95,4 +106,18 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return 1, GROUP
 
 
-LAYOUT = Layout("ct-nvfp4", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)
+INPUT_SCALE = InputScale("input_global_scale", _multiplier)
+LAYOUT = Layout(
+    "ct-nvfp4",
+    "checkpoint",
+    CT,
+    reject,
+    spec,
+    pack,
+    unpack,
+    config,
+    tp_multiple,
+    group,
+    input_scale=INPUT_SCALE,
+    kv_cache=CT_KV_CACHE,
+)

@@ -19,6 +19,7 @@ import torch
 
 from quantpub.layouts.base import (
     CT,
+    CT_KV_CACHE,
     Config,
     Layout,
     Spec,
@@ -116,4 +117,6 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return word if _asymmetric(scheme) else 1, columns
 
 
-LAYOUT = Layout("ct-pack", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group)
+LAYOUT = Layout(
+    "ct-pack", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group, kv_cache=CT_KV_CACHE
+)

@@ -12,8 +12,9 @@ in NVFP4, and in W4A16_NVFP4 without the last:
 
 The configuration stands twice, with one content: flat in config.json, which vLLM and SGLang read, and nested in
 hf_quant_config.json, which TensorRT-LLM reads first. Engines know the nested file by the name of its producer, and so it
-is ModelOpt's: the file is of the kind that this version of ModelOpt writes. No KV cache scheme is stated: it would turn
-an uncalibrated FP8 cache on.
+is ModelOpt's: the file is of the kind that this version of ModelOpt writes. A KV cache scheme is stated only with its scales:
+alone it would turn an uncalibrated FP8 cache on. Its scales, of an attention:
+    self_attn.k_proj.k_scale, self_attn.v_proj.v_scale     float32 ()     multipliers, whatever the projections are called
 
 Modules left out are named in full. vLLM takes such a name as a part of longer ones too. SGLang, of a name that ends in
 q_a_proj, q_b_proj, kv_a_proj_with_mqa or kv_b_proj, takes only that end: left out in one layer means in all.
@@ -26,7 +27,7 @@ from dataclasses import replace
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, InputScale, KvCache, Layout, Spec, Tensors
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
 from quantpub.scheme import PRESETS, WHOLE, Scheme
@@ -128,11 +129,24 @@ def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
 def files(config: Config) -> dict[str, Config]:
     """The nested form of a flat one. vLLM wants every key of `quantization` that NVFP4 has here."""
     group_size = config["config_groups"]["group_0"]["weights"].get("group_size")
-    quantization = {"quant_algo": config["quant_algo"], "kv_cache_quant_algo": None}
+    cache = "FP8" if config.get("kv_cache_scheme") else None
+    quantization = {"quant_algo": config["quant_algo"], "kv_cache_quant_algo": cache}
     if group_size is not None:
         quantization["group_size"] = group_size
     quantization["exclude_modules"] = list(config["ignore"])
     return {"hf_quant_config.json": {"producer": dict(config["producer"]), "quantization": quantization}}
+
+
+def _with_cache(config: Config) -> Config:
+    return config | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+
+
+def _kv_name(attention: str, letter: str) -> str:
+    return f"{attention}.{letter}_proj.{letter}_scale"
+
+
+KV_CACHE = KvCache(_kv_name, (), _with_cache)
+INPUT_SCALE = InputScale("input_scale", lambda scale: scale)
 
 
 def tp_multiple_fp8(scheme: Scheme) -> tuple[int, int]:
@@ -154,6 +168,8 @@ FP8 = Layout(
     config,
     tp_multiple_fp8,
     files=files,
+    input_scale=INPUT_SCALE,
+    kv_cache=KV_CACHE,
 )
 NVFP4 = Layout(
     "modelopt-nvfp4",
@@ -166,4 +182,6 @@ NVFP4 = Layout(
     config,
     tp_multiple_nvfp4,
     files=files,
+    input_scale=INPUT_SCALE,
+    kv_cache=KV_CACHE,
 )

@@ -6,6 +6,8 @@
     DIR/.quantpub/recipe.yaml  the recipe, resolved
     DIR/.quantpub/plan.jsonl   one line per source tensor: what becomes of it
     DIR/.quantpub/journal.jsonl   one line per finished shard, with its sha256
+    DIR/.quantpub/calibration.json   what a calibrated recipe saw: data, sample ids, tokens, experts, what was smoothed
+    DIR/.quantpub/smoothing.safetensors   the vectors that were folded into weights
     DIR/.quantpub/{verify,profile,eval}.json, plots/   evidence; every number on the card comes from here
     DIR/.quantpub/SHA256SUMS   every other file, `sha256  path` a line, sorted
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 META = ".quantpub"
 SUMS = f"{META}/SHA256SUMS"
+CALIBRATION, SMOOTHING = "calibration.json", "smoothing.safetensors"
 JOURNAL = ("shard", "sha256", "source_sha256")
 
 

@@ -11,20 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from quantpub import __version__, ending
+from quantpub import __version__, ending, env
 from quantpub.cli_speed import advise, profile
 from quantpub.errors import GateError, UsageError, closest
 from quantpub.options import (
     BaselineOpt,
+    CalibrationOpt,
     CheckpointArg,
     EngineOpt,
     FormatOpt,
     JsonOpt,
     LayoutOpt,
+    LengthOpt,
     ModelArg,
     OutOpt,
     RecipeOpt,
     RevisionOpt,
+    SamplesOpt,
+    SeedOpt,
     out,
 )
 
@@ -102,18 +106,30 @@ def quantize(
     layout: LayoutOpt = None,
     revision: RevisionOpt = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    calibration: CalibrationOpt = None,
+    num_samples: SamplesOpt = None,
+    max_seq_len: LengthOpt = None,
+    seed: SeedOpt = None,
     format: FormatOpt = "auto",
     json: JsonOpt = False,
 ) -> None:
     """Quantize MODEL into DIR, shard by shard. Run the same command again after an interruption: it resumes."""
+    from quantpub.calibrating import Asked, calibrate
+    from quantpub.plan import require_runnable
     from quantpub.quantize import quantize as run
     from quantpub.quantize import require_device
     from quantpub.show import show_quantized
 
     require_device(device)
     plans = _plans(model, recipe, engine, layout, revision)
+    for each in plans:
+        require_runnable(each)
+    with out.bar("calibrating", 0) as calibrated:
+        found = calibrate(plans, Asked(calibration, num_samples, max_seq_len, seed), device, calibrated)
+    if not env.first():
+        return  # of the processes that torchrun started, one writes
     with out.bar("quantizing", sum(action.part.info.nbytes for action in plans[0].actions)) as advance:
-        reports = run(plans, output, device, advance)
+        reports = run(found.plans, output, device, advance, found.statistics, found.solved)
     out.result(
         reports[0] if len(reports) == 1 else {"artifacts": reports},
         lambda: show_quantized(out, reports),

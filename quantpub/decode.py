@@ -8,6 +8,7 @@ profiling all see an artifact through this one door, which needs no engine and n
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from quantpub.artifact import Artifact
 from quantpub.errors import InputError, QuantpubError, closest
 from quantpub.families import FAMILIES, Family
+from quantpub.kv_cache import letter_of
 from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
 from quantpub.shards import DTYPES, TensorInfo, read_header
@@ -36,7 +38,7 @@ class Decoder:
         self.actions = plan_lines(artifact)
         _require_places(artifact, self.actions, len(self.treatments))
         self._modules = {_module(line): line for line in self.actions if line["action"] == "quantize"}
-        self._shard = {name: line["shard"] for line in self.actions for name in line["outputs"]}
+        self._shard = {name: line["shard"] for line in self.actions for name in outputs_of(line)}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
 
     def modules(self) -> list[tuple[str, tuple[int, int]]]:
@@ -72,7 +74,8 @@ class Decoder:
 
     def declared(self) -> Config:
         """`quantization_config` as the layouts state it for what the plan says."""
-        return declared(self.treatments, {name: self.place(name) for name in self._modules}, self.ignored())
+        treated = {name: self.place(name) for name in self._modules}
+        return declared(self.treatments, treated, self.ignored(), any(line.get("kv") for line in self.actions))
 
     def metadata(self) -> dict[str, str]:
         """The entries of every shard's safetensors header, as the layout states them."""
@@ -97,6 +100,30 @@ class Decoder:
         """One quantized weight, decoded. Errors: InputError when a tensor of it is missing or of another shape."""
         treatment = self.treated(module)
         return treatment.layout.unpack(self.packed(module), treatment.scheme, self._shape(module))
+
+    def input_scale(self, module: str) -> torch.Tensor | None:
+        """The calibrated scale of one quantized module's activations, a float32 scalar; None where it has none."""
+        where = self.treated(module).layout.input_scale
+        name = f"{module}.{where.suffix}" if where else None
+        if where is None or name not in self._modules[module]["outputs"]:
+            return None
+        return where.read(self.tensor(f"{module}.{where.suffix}"))
+
+    def kv_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention → the scales of its keys and of its values in the KV cache, float32 scalars. Empty: no FP8 cache.
+
+        Errors: InputError when an attention has one of them only, or a tensor is not what the plan says.
+        """
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for line in self.actions:
+            for name in line.get("kv", ()):
+                attention = _module(line).rpartition(".")[0]
+                found.setdefault(attention, {})[letter_of(name)] = self.tensor(name).reshape(())
+        if odd := next((attention for attention, pair in found.items() if len(pair) < 2), None):
+            raise InputError(
+                f"{odd} has a scale of keys or of values only", where=str(self.artifact.meta / "plan.jsonl"), next=AGAIN
+            )
+        return {attention: (pair["k"], pair["v"]) for attention, pair in found.items()}
 
     def treated(self, module: str) -> Treatment:
         """What was made of one quantized module."""
@@ -139,7 +166,7 @@ class Decoder:
 
     @cached_property
     def _planned(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        outputs = (item for line in self.actions for item in line["outputs"].items())
+        outputs = (item for line in self.actions for item in outputs_of(line).items())
         return {name: (dtype, tuple(shape)) for name, (dtype, shape) in outputs}
 
     def _as_planned(self, name: str, info: TensorInfo, where: str) -> TensorInfo:
@@ -167,6 +194,11 @@ def _require_places(artifact: Artifact, lines: list[dict[str, Any]], count: int)
     if not all(isinstance(place, int) and 0 <= place < count for place in places):
         what, where = "a quantized tensor names no treatment of the run", str(artifact.meta / "plan.jsonl")
         raise InputError(what, where=where, next=AGAIN)
+
+
+def outputs_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Every tensor that was written for one of the source: output tensor → [dtype, shape]."""
+    return {**line["outputs"], **line.get("kv", {})}
 
 
 def _module(line: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from quantpub import __version__
-from quantpub.artifact import META, SUMS, Artifact
+from quantpub.artifact import CALIBRATION, META, SMOOTHING, SUMS, Artifact
+from quantpub.calibrated import Calibrated
 from quantpub.checkpoint import INDEX
 from quantpub.errors import ConflictError, UnavailableError
 from quantpub.files import TEMPORARY, disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
@@ -29,7 +30,7 @@ from quantpub.plan import Plan
 from quantpub.plan_engines import engines_of
 from quantpub.plan_facts import summary
 from quantpub.plan_files import artifact_config, config_files, index_json
-from quantpub.shards import ShardWriter
+from quantpub.shards import ShardWriter, to_bytes
 
 RECORDED = (
     "shards",
@@ -95,6 +96,10 @@ class Destination:
         written = {*self.plan.shards, *self.plan.checkpoint.companions, "config.json", *config_files(self.plan), *OWN}
         if self.plan.checkpoint.indexed:
             written.add(INDEX)
+        if self.plan.calibration:
+            written.add(f"{META}/{CALIBRATION}")
+        if self.plan.recipe.transform:
+            written.add(f"{META}/{SMOOTHING}")
         if damaged := [name for name in self.artifact.damage() if name in written]:
             raise self._changed(f"{damaged[0]} is missing or no longer has its sha256")
         if set(self._kept()) != set(self.plan.shards):
@@ -188,6 +193,7 @@ class Destination:
             "scheme": plan.scheme.as_json(),
             "layout": plan.layout.name,
             "treatments": [treatment.as_json() for treatment in plan.treatments],
+            **({"calibration": plan.calibration} if plan.calibration else {}),
             "engines": [engine for engine, reason in engines_of(plan).items() if reason is None],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "stages": {},
@@ -217,8 +223,8 @@ class Destination:
             os.fsync(f.fileno())
             write_point("journaled")
 
-    def end(self, device: str) -> None:
-        """Everything but the weights."""
+    def end(self, device: str, found: Calibrated) -> None:
+        """Everything but the weights. found: what calibration gave."""
         if self.plan.digest() != self.digest:
             what, advice = (
                 "the source changed while it was quantized",
@@ -232,6 +238,10 @@ class Destination:
             self.artifact.write(INDEX, dump_json(index_json(self.plan)))
         for name, content in config_files(self.plan).items():
             self.artifact.write(name, dump_json(content))
+        if self.plan.calibration:
+            self.artifact.write(f"{META}/{CALIBRATION}", dump_json(found.evidence()))
+        if found.smoothing is not None:
+            self.artifact.write(f"{META}/{SMOOTHING}", to_bytes(found.smoothing.vectors()))
         self.artifact.write("config.json", dump_json(artifact_config(self.plan)))
         facts = summary(self.plan)
         self.artifact.record("quantize", {"device": torch.device(device).type} | {key: facts[key] for key in RECORDED})

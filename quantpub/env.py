@@ -1,8 +1,12 @@
-"""Environment variables, read in one place. Only `QUANTPUB_*` here; the `HF_*` ones belong to huggingface_hub."""
+"""Environment variables, read in one place. Only `QUANTPUB_*` here, and those by which torchrun tells its processes apart.
+
+The `HF_*` ones belong to huggingface_hub.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def flag(name: str) -> bool:
@@ -18,3 +22,21 @@ def debug() -> bool:
 def crash_at() -> str | None:
     """QUANTPUB_CRASH_AT=POINT:N kills the process at the N-th passage of a write point (tests of resume)."""
     return os.environ.get("QUANTPUB_CRASH_AT")
+
+
+def cache() -> Path:
+    """QUANTPUB_CACHE=DIR is where calibrations are kept; `~/.cache/quantpub` otherwise."""
+    return Path(os.environ.get("QUANTPUB_CACHE") or "~/.cache/quantpub").expanduser()
+
+
+def torchrun() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) as torchrun tells it; (0, 0, 1) for a process on its own."""
+    return tuple(int(os.environ.get(name) or default) for name, default in _TORCHRUN)  # type: ignore[return-value]
+
+
+_TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+
+
+def first() -> bool:
+    """Whether this is the process that writes and talks: the only one, or torchrun's first."""
+    return torchrun()[0] == 0

@@ -7,6 +7,8 @@ no tensor needs another). A scheme that shares nothing reads nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from quantpub.checkpoint import Slice, read_slice
@@ -20,10 +22,16 @@ def shares(scheme: Scheme) -> bool:
     return scheme.weight.global_scale or scheme.weight.block[0] == WHOLE
 
 
-def fused_amax(plan: Plan) -> dict[str, float]:
-    """module → the largest magnitude in the set that it is merged with, itself included, where its scheme shares one."""
+Folded = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor's name and its values → them, transformed
+
+
+def fused_amax(plan: Plan, folded: Folded = lambda name, w: w) -> dict[str, float]:
+    """module → the largest magnitude in the set that it is merged with, itself included, where its scheme shares one.
+
+    folded: what a transform makes of a weight before it is quantized.
+    """
     parts = {action.module: action.part for action in plan.actions}
-    own = {module: _amax(plan, parts[module]) for module, t in plan.treated.items() if shares(t.scheme)}
+    own = {module: _amax(plan, parts[module], folded) for module, t in plan.treated.items() if shares(t.scheme)}
     found: dict[str, float] = {}
     for members in fuse(plan.shapes, plan.family).values():
         if members[0] in own:
@@ -31,6 +39,6 @@ def fused_amax(plan: Plan) -> dict[str, float]:
     return found
 
 
-def _amax(plan: Plan, part: Slice) -> float:
-    low, high = torch.aminmax(read_slice(plan.checkpoint.source, part))
+def _amax(plan: Plan, part: Slice, folded: Folded) -> float:
+    low, high = torch.aminmax(folded(part.name, read_slice(plan.checkpoint.source, part)))
     return max(-float(low), float(high))

@@ -20,3 +20,11 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 16 << 20}
     return all(mallopt(option, value) == 1 for option, value in settings.items())
+
+
+def give_back() -> None:
+    """What was freed goes back to the kernel, whatever `keep_freed_memory` said: between stages of different needs."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

@@ -45,6 +45,15 @@ OutOpt = Annotated[
 BaselineOpt = Annotated[
     str, typer.Option("--baseline", metavar="MODEL", help="The full-precision model: folder or Hub id.")
 ]
+CalibrationOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET", help="Calibration data: jsonl, txt, parquet, or owner/name[@revision][:split]."
+    ),
+]
+SamplesOpt = Annotated[int | None, typer.Option("--num-samples", min=1, help="At most so many samples.")]
+LengthOpt = Annotated[int | None, typer.Option("--max-seq-len", min=2, help="Of each so many tokens.")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="Which samples are taken.")]
 FormatOpt = Annotated[
     str, typer.Option("--format", callback=_format, help="auto, human, json or quiet.", metavar="FORMAT")
 ]

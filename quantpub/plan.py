@@ -10,23 +10,28 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from quantpub import kv_cache
+from quantpub.algorithms import ALGORITHMS
 from quantpub.checkpoint import Checkpoint, Slice, public_config
 from quantpub.errors import InputError, closest
 from quantpub.families import FAMILIES, LINEAR, REFUSED, Family
 from quantpub.files import sha256_json
+from quantpub.folds import Fold, folds, useful
 from quantpub.gemms import EXPERT, fuse
 from quantpub.layouts.base import Layout, Spec
 from quantpub.plan_engines import no_engine, unserved
 from quantpub.recipe import Recipe, ignores
+from quantpub.registry import load
 from quantpub.scheme import Scheme
 from quantpub.shards import build_header
+from quantpub.transforms import TRANSFORMS
 from quantpub.treatments import Treatment, make_treatments, unquantized
 
-QUANTIZE, COPY = "quantize", "copy"
+QUANTIZE, SMOOTH, COPY = "quantize", "smooth", "copy"
 REJECTED = "rejected: "  # begins the reason of an action that no plan may be run with
 FLOATS = ("BF16", "F16", "F32")
 TP_SIZES = (1, 2, 4, 8)
@@ -34,9 +39,10 @@ TP_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Action:
-    """What happens to one tensor. reason: why it is copied. outputs: output tensor → (dtype, shape).
+    """What happens to one tensor. reason: why it is copied, or smoothed: copied but for a fold. outputs: as written.
 
-    treatment: of a quantized tensor, its place in the plan's treatments.
+    treatment: of a quantized tensor, its place in the plan's treatments. kv: scales of the KV cache that are written along
+    with a projection of keys or values, quantized or not: output tensor → (dtype, shape).
     """
 
     kind: str
@@ -45,6 +51,7 @@ class Action:
     outputs: Spec
     reason: str | None = None
     treatment: int | None = None
+    kv: Spec = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -63,6 +70,7 @@ class Action:
             "reason": self.reason,
             "treatment": self.treatment,
             "outputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.outputs.items()},
+            **({"kv": {name: [dtype, list(shape)] for name, (dtype, shape) in self.kv.items()}} if self.kv else {}),
         }
 
 
@@ -70,7 +78,8 @@ class Action:
 class Plan:
     """shards: file → actions in file order. rejections: tensor → reason; a plan that has any cannot be run.
 
-    treatments: the recipe's own first, then one for each of its rules.
+    treatments: the recipe's own first, then one for each of its rules. calibration: the key of the statistics that it is
+    carried out with, empty where no data is used.
     """
 
     recipe: Recipe
@@ -80,6 +89,7 @@ class Plan:
     shards: dict[str, tuple[Action, ...]]
     ignored: tuple[str, ...]
     rejections: dict[str, str]
+    calibration: str = ""
 
     @property
     def scheme(self) -> Scheme:
@@ -104,8 +114,46 @@ class Plan:
     def actions(self) -> list[Action]:
         return [action for actions in self.shards.values() for action in actions]
 
+    @cached_property
+    def calibrates(self) -> frozenset[str]:
+        """What must be observed before it can be run; empty: no data is needed.
+
+        inputs: largest magnitudes of activations; kv: those of keys and values; hessian: an algorithm wants Hessians of
+        inputs; transform: what the recipe's transform looks at.
+        """
+        used = [self.treatments[place] for place in {a.treatment for a in self.actions if a.treatment is not None}]
+        needs = {need for t in used for need in load(ALGORITHMS, "algorithm", t.algorithm["name"]).needs}
+        found = {
+            "inputs": any(t.scheme.act and (t.scheme.act.global_scale or not t.scheme.act.dynamic) for t in used),
+            "kv": bool(self.kv),
+            "hessian": "hessian" in needs,
+            "transform": self.recipe.transform is not None,
+        }
+        return frozenset(name for name, needed in found.items() if needed)
+
+    @cached_property
+    def kv(self) -> dict[str, Spec]:
+        """module → the scales of the KV cache that this layout writes along with it."""
+        return {action.module: action.kv for action in self.actions if action.kv}
+
+    @cached_property
+    def rounded(self) -> frozenset[str]:
+        """The linears whose inputs the recipe's transform prepares."""
+        if self.recipe.transform is None:
+            return frozenset()
+        reject = load(TRANSFORMS, "transform", self.recipe.transform["name"]).reject
+        return frozenset(module for module, t in self.treated.items() if not reject(t.scheme))
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Where the recipe's transform scales channels."""
+        config = self.checkpoint.config
+        shapes = {a.part.name: a.part.info.shape for a in self.actions} if self.rounded else {}
+        found = folds(str(config.get("model_type")), config, shapes)
+        return useful(found, self.rounded, self.recipe.kv_cache is not None)
+
     def outputs(self, shard: str) -> Spec:
-        return {name: spec for action in self.shards[shard] for name, spec in action.outputs.items()}
+        return {name: spec for a in self.shards[shard] for name, spec in (a.outputs | a.kv).items()}
 
     def shard_bytes(self, shard: str) -> int:
         header, infos = build_header(self.outputs(shard), self.metadata)
@@ -115,7 +163,7 @@ class Plan:
     def metadata(self) -> dict[str, str]:
         """The entries of every shard's safetensors header: loaders merge the headers, so each tells of the whole model."""
         modules = {module: (t.scheme, self.shapes[module]) for module, t in self.treated.items()}
-        copied = [action.part.name for action in self.actions if action.kind == COPY]
+        copied = [action.part.name for action in self.actions if action.kind != QUANTIZE]
         return {"format": "pt", **self.layout.metadata(modules, copied)}
 
     def digest(self) -> str:
@@ -128,7 +176,8 @@ class Plan:
         weights = {shard: source.fingerprint(shard) for shard in self.shards}
         companions = {name: hashlib.sha256(source.read(name)).hexdigest() for name in self.checkpoint.companions}
         config = public_config(self.checkpoint)
-        return sha256_json([weights, companions, config, self.recipe.digest(), self.layout.name])
+        data = [self.calibration] if self.calibration else []
+        return sha256_json([weights, companions, config, self.recipe.digest(), self.layout.name, *data])
 
     def as_jsonl(self) -> bytes:
         return "".join(json.dumps(action.as_json()) + "\n" for action in self.actions).encode()
@@ -142,11 +191,56 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
         shard: tuple(_action(part, family, treatments, recipe, rejections) for part in checkpoint.slices(shard, family))
         for shard in checkpoint.shards
     }
+    if recipe.kv_cache:
+        shards = _with_kv(shards, checkpoint, family, treatments[0].layout, rejections)
     rejections |= mixed(shards, family)
     plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards, family), rejections)
     _check_outputs_once(plan)
     rejections |= unserved(plan)
-    return plan
+    rejections |= unsmoothed(plan)
+    return replace(plan, shards={shard: _smoothed(plan, shard) for shard in shards}) if plan.folds else plan
+
+
+def _with_kv(
+    shards: Mapping[str, Sequence[Action]],
+    checkpoint: Checkpoint,
+    family: Family,
+    layout: Layout,
+    rejections: dict[str, str],
+) -> dict[str, tuple[Action, ...]]:
+    """The actions of projections of keys and values with the scales of the KV cache."""
+    linears = [a for actions in shards.values() for a in actions if a.role == LINEAR]
+    if linears and (reason := kv_cache.refusal(family, layout, ((a.module, a.role) for a in linears))):
+        rejections[linears[0].part.name] = reason
+    layers = checkpoint.config.get("num_hidden_layers")
+
+    def scaled(action: Action) -> Action:
+        kv = kv_cache.scales(action.module, layout, layers) if action.role == LINEAR else {}
+        return replace(action, kv=kv) if kv else action
+
+    return {shard: tuple(map(scaled, actions)) for shard, actions in shards.items()}
+
+
+def _smoothed(plan: Plan, shard: str) -> tuple[Action, ...]:
+    """The actions of a shard, with those of kind `smooth` for what is folded but not quantized."""
+    folded = {tensor for fold in plan.folds for tensor in fold.tensors}
+
+    def smoothed(action: Action) -> Action:
+        if action.kind != COPY or action.part.name not in folded or (action.reason or "").startswith(REJECTED):
+            return action
+        return replace(action, kind=SMOOTH, reason=f"{action.reason}; factors of smoothing are folded into it")
+
+    return tuple(map(smoothed, plan.shards[shard]))
+
+
+def unsmoothed(plan: Plan) -> dict[str, str]:
+    """tensor → reason, where the recipe has a transform that finds nothing to do."""
+    transform, linears = plan.recipe.transform, [a for a in plan.actions if a.treatment is not None]
+    if transform is None or plan.folds or plan.rejections or not linears:
+        return {}
+    reason = load(TRANSFORMS, "transform", transform["name"]).reject(plan.scheme)
+    nowhere = f"there is no place in this {plan.family.name} model that takes the factors of {transform['name']}"
+    return {linears[0].part.name: reason or nowhere}
 
 
 def mixed(shards: Mapping[str, Sequence[Action]], family: Family) -> dict[str, str]:
@@ -224,18 +318,18 @@ def _reject(part: Slice, scheme: Scheme, layout: Layout) -> str | None:
         return f"shape {list(part.info.shape)} is not a matrix"
     if part.info.dtype not in FLOATS:
         return f"dtype {part.info.dtype} is not one of {', '.join(FLOATS)}"
-    if (act := scheme.act) and (act.global_scale or not act.dynamic):
-        return f"{scheme.name} needs calibrated scales of activations, which this version cannot find"
     n, k = part.info.shape
     return layout.reject(scheme, n, k, part.info.dtype) if n and k else f"shape {[n, k]} is empty"
 
 
 def _ignored(shards: Mapping[str, Sequence[Action]], family: Family) -> tuple[str, ...]:
-    return unquantized(((a.module, a.role) for actions in shards.values() for a in actions if a.kind == COPY), family)
+    return unquantized(
+        ((a.module, a.role) for actions in shards.values() for a in actions if a.kind != QUANTIZE), family
+    )
 
 
 def _check_outputs_once(plan: Plan) -> None:
-    counts = Counter(name for action in plan.actions for name in action.outputs)
+    counts = Counter(name for action in plan.actions for name in (*action.outputs, *action.kv))
     if doubled := [name for name, count in counts.items() if count > 1]:
         raise InputError(
             f"tensor {doubled[0]} would be written twice",

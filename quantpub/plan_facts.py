@@ -10,7 +10,7 @@ from typing import Any
 from quantpub import advice
 from quantpub.checkpoint import INDEX
 from quantpub.gemms import fuse
-from quantpub.plan import COPY, QUANTIZE, Action, Plan
+from quantpub.plan import QUANTIZE, Action, Plan
 from quantpub.plan_engines import engines_of, merged_weights
 from quantpub.recipe import ignores
 from quantpub.shards import tensor_bytes
@@ -76,7 +76,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.shards),
         "tensors": len(plan.actions),
         "quantized": len(quantized),
-        "copied": dict(sorted(Counter(a.role for a in plan.actions if a.kind == COPY).items())),
+        "copied": dict(sorted(Counter(a.role for a in plan.actions if a.kind != QUANTIZE).items())),
         "parameters": parameters,
         "quantized_parameters": weights,
         "source_bytes": sum(plan.checkpoint.source.files[shard] for shard in plan.shards),

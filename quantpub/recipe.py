@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -31,7 +31,8 @@ from quantpub.layouts import KERNEL_LAYOUTS, LAYOUTS
 from quantpub.recipe_files import recipe_files
 from quantpub.registry import load
 from quantpub.scheme import WHOLE, Scheme, preset
-from quantpub.targets import TARGETS
+from quantpub.targets import TARGETS, unloadable
+from quantpub.transforms import TRANSFORMS
 from quantpub.workloads import WORKLOADS, parse
 
 
@@ -57,6 +58,12 @@ def _sensible_group(value: int | None) -> int | None:
 def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is not None and value.get("name") not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {value.get('name')!r}: {closest(str(value.get('name')), ALGORITHMS)}")
+    return value
+
+
+def _known_transform(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None and value.get("name") not in TRANSFORMS:
+        raise ValueError(f"unknown transform {value.get('name')!r}: {closest(str(value.get('name')), TRANSFORMS)}")
     return value
 
 
@@ -88,6 +95,22 @@ class Gate(BaseModel):
         return self
 
 
+class Calibration(BaseModel):
+    """What a recipe is calibrated with unless the command line says otherwise, and how much of it experts must see.
+
+    data: a file (jsonl, txt, parquet), or a dataset id of the Hub with `@revision` and `:split`.
+    min_expert_tokens: an expert that the router sent fewer tokens is an error. Experts that got few are shown others of
+    their layer's tokens, so that their statistics are sound whatever the router does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    data: str | None = None
+    num_samples: StrictInt = Field(default=512, ge=1)
+    max_seq_len: StrictInt = Field(default=2048, ge=2)
+    seed: StrictInt = 0
+    min_expert_tokens: StrictInt = Field(default=0, ge=0)
+
+
 class Rule(BaseModel):
     """Another treatment for the linears that `match` names: a full module name, or `re:` and a pattern of the whole name."""
 
@@ -102,7 +125,10 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A recipe file. `algorithm` holds the algorithm's name and its parameters; of `rules` the first that matches wins."""
+    """A recipe file. `algorithm` holds the algorithm's name and its parameters; of `rules` the first that matches wins.
+
+    transform: what is done to the model beforehand, without changing what it computes. kv_cache: fp8, with calibrated scales.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -110,6 +136,9 @@ class Recipe(BaseModel):
     scheme: SchemeName
     group_size: GroupSize = None
     algorithm: Annotated[dict[str, Any], AfterValidator(_known_algorithm)]
+    transform: Annotated[dict[str, Any] | None, AfterValidator(_known_transform)] = None
+    kv_cache: Literal["fp8"] | None = None
+    calibration: Calibration = Calibration()
     ignore: tuple[Pattern, ...] = ()
     rules: tuple[Rule, ...] = ()
     engines: dict[str, str] = Field(min_length=1)
@@ -140,6 +169,10 @@ class Recipe(BaseModel):
         self.bind(self.algorithm, self.resolved_scheme())
         for rule in self.rules:
             self.bind(rule.algorithm or self.algorithm, rule.resolved_scheme())
+        if self.transform is not None:
+            from quantpub.smoothing import bound
+
+            bound(self)
 
     def bind(self, chosen: Mapping[str, Any], scheme: Scheme) -> tuple[Any, Any]:
         """(the Algorithm, its params). Imports torch. Errors: InputError when a parameter is unknown or does not fit."""
@@ -168,8 +201,10 @@ class Recipe(BaseModel):
         """The layouts to write, each once: those asked for by name, and those of the engines (all of them by default)."""
         for engine in engines:
             if engine not in self.engines:
+                reason = self._refused_by(engine)
                 raise UsageError(
-                    f"recipe {self.name} has no layout for engine {engine!r}", next=closest(engine, self.engines)
+                    f"recipe {self.name} has no layout for engine {engine!r}{f': {reason}' if reason else ''}",
+                    next=closest(engine, self.engines),
                 )
         for layout in layouts:
             if layout in KERNEL_LAYOUTS:
@@ -181,6 +216,14 @@ class Recipe(BaseModel):
                 raise UsageError(f"unknown layout {layout!r}", next=closest(layout, LAYOUTS))
         chosen = [*layouts, *(self.engines[engine] for engine in engines)]
         return list(dict.fromkeys(chosen or self.engines.values()))
+
+    def _refused_by(self, engine: str) -> str | None:
+        """Why an engine loads none of the recipe's layouts, where that is known."""
+        if engine not in TARGETS:
+            return None
+        scheme, layouts = self.resolved_scheme().name, dict.fromkeys(self.engines.values())
+        reasons = [unloadable(engine, layout, scheme) for layout in layouts]
+        return f"{TARGETS[engine].summary}: {reasons[0]}" if all(reasons) else None
 
     def digest(self) -> str:
         return sha256_json(self.model_dump(mode="json"))

@@ -189,6 +189,14 @@ class ShardWriter:
         self._draft.unlink(missing_ok=True)
 
 
+def to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A small file of them, whole."""
+    from safetensors.torch import save
+
+    data: bytes = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
+    return data
+
+
 def _allocate(fd: int, size: int) -> None:
     """Reserve the space now: a full disk is found before the work, not after it."""
     try:

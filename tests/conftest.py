@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,23 @@ def spawn_cli(*args: object, cwd: Path | None = None, env: dict[str, str] | None
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def make_artifact(model: Path | str, recipe: str, out: Path, layout: str | None = None) -> Path:
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Calibrations of these tests are kept apart from the user's, and serve the whole session."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTPUB_CACHE", str(folder))
+        yield folder
+
+
+SMALL = {"num_samples": 8, "max_seq_len": 64}  # a calibration of the demo model that takes a moment
+
+
+def make_artifact(
+    model: Path | str, recipe: str, out: Path, layout: str | None = None, calibration: Path | None = None
+) -> Path:
+    """An artifact; calibrated with DEMO_TEXT where its recipe needs data, with `calibration` where that is given."""
+    from quantpub.calibrating import Asked, calibrate
     from quantpub.checkpoint import open_checkpoint
     from quantpub.plan import make_plan
     from quantpub.quantize import quantize
@@ -74,7 +91,10 @@ def make_artifact(model: Path | str, recipe: str, out: Path, layout: str | None 
 
     chosen = load_recipe(recipe)
     names = [layout] if layout else chosen.layouts([], [])
-    quantize([make_plan(open_checkpoint(str(model)), chosen, name) for name in names], out)
+    plans = [make_plan(open_checkpoint(str(model)), chosen, name) for name in names]
+    asked = Asked(str(calibration or DEMO_TEXT), **SMALL) if calibration or plans[0].calibrates else Asked()
+    found = calibrate(plans, asked)
+    quantize(found.plans, out, statistics=found.statistics, solved=found.solved)
     return out
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from quantpub.artifact import Artifact
-from quantpub.checkpoint import Checkpoint
+from quantpub.checkpoint import Checkpoint, Slice, read_slice
 from quantpub.decode import Decoder
+from quantpub.smoothing import Smoothing, smoothing_of
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
@@ -26,6 +29,17 @@ class Subject:
     @cached_property
     def decoder(self) -> Decoder:
         return Decoder(self.artifact)
+
+    @cached_property
+    def smoothing(self) -> Smoothing | None:
+        """Errors: InputError when the recipe has a transform and its vectors are missing, or not of this model."""
+        return smoothing_of(self.artifact, self.decoder)
+
+    def due(self, part: Slice) -> torch.Tensor:
+        """A tensor of the source as it was quantized or copied: with what was folded into it."""
+        assert self.source is not None
+        found = read_slice(self.source.source, part)
+        return found if self.smoothing is None else self.smoothing.apply(part.name, found)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """The rule of merged linears: engines keep one number for q/k/v, and one for gate/up, whatever the members hold.
 
 Known failure: global scales that differ between members. vLLM keeps the largest with a warning, SGLang without one, and
-the other members' weights are then wrong by the ratio.
+the other members' weights are then wrong by the ratio. Calibrated scales of activations go further: one for the gate and up
+projections of all experts of a layer, and one for their down projections.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from quantpub.activations import calibrated
 from quantpub.decode import Decoder
-from quantpub.gemms import fuse
+from quantpub.gemms import EXPERT, fuse
 from quantpub.qtensor import QTensor, same_bits
 from quantpub.scheme import WHOLE
 from quantpub.verify.base import Finding, Subject, first
@@ -17,7 +21,28 @@ def merged(subject: Subject) -> Finding:
     decoder = subject.decoder
     sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
     problems = [problem for members in sets if (problem := _differ(decoder, members))]
-    return first(problems, f"{len(sets)} sets of linears that engines merge")
+    inputs = one_input(decoder)
+    problems += [problem for members in inputs if (problem := _scaled_apart(decoder, members))]
+    scaled = f"; one scale of activations in each of {len(inputs)}" if inputs else ""
+    return first(problems, f"{len(sets)} sets of linears that engines merge{scaled}")
+
+
+def one_input(decoder: Decoder) -> list[tuple[str, ...]]:
+    """Sets of linears whose activations engines give one calibrated scale."""
+    shapes, family = dict(decoder.modules()), decoder.family()
+    acts = {module: decoder.treated(module).scheme.act for module in shapes}
+    sets: dict[str, list[str]] = {}
+    for name, members in fuse(shapes, family).items():
+        for module in members:
+            if (act := acts[module]) is not None and calibrated(act):
+                sets.setdefault(EXPERT.sub(".experts.", name), []).append(module)
+    return [tuple(members) for members in sets.values() if len(members) > 1]
+
+
+def _scaled_apart(decoder: Decoder, members: Sequence[str]) -> str | None:
+    due = decoder.input_scale(members[0])
+    odd = next((module for module in members if not same_bits(decoder.input_scale(module), due)), None)
+    return odd and f"{odd}: its scale of activations is not that of {members[0]}, and engines keep one"
 
 
 def _differ(decoder: Decoder, members: tuple[str, ...]) -> str | None:
@@ -34,4 +59,4 @@ def _differ(decoder: Decoder, members: tuple[str, ...]) -> str | None:
 
 def _alike(a: QTensor, b: QTensor) -> bool:
     whole = a.scheme.weight.block[0] != WHOLE or same_bits(a.scale, b.scale)
-    return whole and same_bits(a.global_scale, b.global_scale) and same_bits(a.input_scale, b.input_scale)
+    return whole and same_bits(a.global_scale, b.global_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
-from quantpub.checkpoint import Checkpoint, Slice, read_slice
+from quantpub.checkpoint import Checkpoint, Slice
 from quantpub.families import FAMILIES
 from quantpub.shards import raw_bytes
 from quantpub.verify.base import Finding, Subject, first, skipped
@@ -39,7 +39,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def copies(subject: Subject) -> Finding:
-    """Embeddings, norms, routers, heads: what was not quantized must not have been touched."""
+    """Embeddings, norms, routers, heads: what was not quantized must not have been touched, but by the factors of smoothing."""
     if subject.source is None:
         return skipped(NO_SOURCE)
     parts, names = source_parts(subject.source), subject.decoder.copied()
@@ -48,9 +48,11 @@ def copies(subject: Subject) -> Finding:
         for name in names
         if name not in parts or not _same_bytes(subject, name, parts[name])
     ]
-    return first(problems, f"{len(names)} tensors byte-identical")
+    smoothed = sum(line["action"] == "smooth" for line in subject.decoder.actions)
+    folded = f", {smoothed} of them after the factors of smoothing" if smoothed else ""
+    return first(problems, f"{len(names)} tensors byte-identical{folded}")
 
 
 def _same_bytes(subject: Subject, name: str, part: Slice) -> bool:
     assert subject.source is not None
-    return raw_bytes(subject.decoder.tensor(name)) == raw_bytes(read_slice(subject.source.source, part))
+    return raw_bytes(subject.decoder.tensor(name)) == raw_bytes(subject.due(part))

@@ -7,6 +7,7 @@ import math
 import re
 
 from quantpub.checkpoint import INDEX, PICKLES, public_config
+from quantpub.decode import outputs_of
 from quantpub.shards import TensorInfo, read_header
 from quantpub.verify.base import Finding, Subject, first
 
@@ -51,7 +52,7 @@ def tensors(subject: Subject) -> Finding:
     """The exact set of suffixes, dtypes and shapes: engines do not check that a quantized checkpoint is complete."""
     decoder, problems = subject.decoder, []
     expected = {
-        name: (dtype, tuple(shape)) for line in decoder.actions for name, (dtype, shape) in line["outputs"].items()
+        name: (dtype, tuple(shape)) for line in decoder.actions for name, (dtype, shape) in outputs_of(line).items()
     }
     for module, (n, k) in decoder.modules():
         treatment = decoder.treated(module)

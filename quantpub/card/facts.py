@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantpub.artifact import Artifact
+from quantpub.card.calibration import calibration
 from quantpub.card.components import Component, Use, activation_words, components, precision, scheme_names, uses
 from quantpub.card.limits import limits
 from quantpub.card.speed import speed
@@ -50,6 +51,7 @@ def facts(artifact: Artifact, repo_id: str | None) -> Facts:
         "tensor_parallel": made.get("tensor_parallel", {}),
         "recipe": (artifact.meta / "recipe.yaml").read_text("utf-8").rstrip(),
         "made": made,
+        "calibration": calibration(artifact),
         "quality": quality(evidence["eval"]),
         "speed": speed(evidence["profile"]),
         "verification": verification(evidence["verify"]),

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantpub import kv_cache
+from quantpub.actions import Action
 from quantpub.errors import InputError
 from quantpub.files import sha256_json
 from quantpub.fused import fused_amax
 from quantpub.gemms import EXPERT, fuse
-from quantpub.plan import Action, Plan
+from quantpub.plan import Plan
 from quantpub.qtensor import QTensor
 from quantpub.solved import Solved
 from quantpub.statistics import Statistics
@@ -72,7 +73,9 @@ class Calibrated:
 
     def shared(self) -> str | None:
         """The digest of what tensors share: a shard is kept only while it is the same."""
-        found = [dict(self.group_amax), dict(self.input_amax), self.evidence()]
+        keys = [found.record["key"] for found in (self.statistics, self.solved) if found is not None]
+        smoothing = {} if self.smoothing is None else self.smoothing.evidence
+        found = [dict(self.group_amax), dict(self.input_amax), keys, smoothing]
         return sha256_json(found) if any(found) else None
 
     def evidence(self) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into DIR, shard by shard. Run the same command again after an interruption: it resumes."""
     from quantpub.calibrating import Asked, calibrate
+    from quantpub.destination import require_free
     from quantpub.plan import require_runnable
     from quantpub.quantize import quantize as run
     from quantpub.quantize import require_device
@@ -124,6 +125,7 @@ def quantize(
     plans = _plans(model, recipe, engine, layout, revision)
     for each in plans:
         require_runnable(each)
+    require_free(plans, output)
     with out.bar("calibrating", 0) as calibrated:
         found = calibrate(plans, Asked(calibration, num_samples, max_seq_len, seed), device, calibrated)
     if not env.first():

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +69,10 @@ class Destination:
 
     def _claimed(self) -> bool:
         """Whether the folder belongs to this digest (True) or to nothing yet (False)."""
-        path = self.artifact.path
-        if os.path.lexists(path) and not path.is_dir():
-            raise ConflictError("a file of this name exists", where=str(path), next=ELSEWHERE)
-        if not self.artifact.has("run.json"):
-            found = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY))
-            if held := next(found, None):
-                raise ConflictError(f"the folder holds something else ({held.name})", where=str(path), next=ELSEWHERE)
-            return False
-        run = self.artifact.run()
-        if run.get("digest") != self.digest:
-            source = run.get("source", {})
-            name = source.get("name") or source.get("repo")
-            raise ConflictError(
-                f"the folder holds another artifact ({name}, recipe {run.get('recipe')}, layout {run.get('layout')}, "
-                "or an older state of the same source)",
-                where=str(path),
-                next=ELSEWHERE,
-            )
-        return True
+        run = _begun(self.artifact)
+        if run is not None and run.get("digest") != self.digest:
+            raise _taken(self.artifact, run)
+        return run is not None
 
     def _is_complete(self) -> bool:
         """Finished, of this source, and every file that this stage wrote is as it was written."""
@@ -279,3 +264,37 @@ class Destination:
             "layout": self.plan.layout.name,
             **record,
         }
+
+
+def folders(plans: Sequence[Plan], out: Path) -> list[Path]:
+    """Where each plan's artifact goes: a single one into `out` itself, several into `out/<layout>`."""
+    return [out if len(plans) == 1 else out / plan.layout.name for plan in plans]
+
+
+def require_free(plans: Sequence[Plan], out: Path) -> None:
+    """What can be told of the folders before a calibration, which takes long. Errors: ConflictError, UnavailableError."""
+    for plan, folder in zip(plans, folders(plans, out), strict=True):
+        with disk_errors(folder):
+            run = _begun(Artifact(folder))
+        ours = plan.recipe.digest(), plan.layout.name
+        if run is not None and (run.get("recipe_sha256"), run.get("layout")) != ours:
+            raise _taken(Artifact(folder), run)
+
+
+def _begun(artifact: Artifact) -> dict[str, Any] | None:
+    """run.json of the folder, None where there is nothing yet. Errors: ConflictError when it holds anything else."""
+    path = artifact.path
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConflictError("a file of this name exists", where=str(path), next=ELSEWHERE)
+    if artifact.has("run.json"):
+        return artifact.run()
+    found = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY))
+    if held := next(found, None):
+        raise ConflictError(f"the folder holds something else ({held.name})", where=str(path), next=ELSEWHERE)
+    return None
+
+
+def _taken(artifact: Artifact, run: Mapping[str, Any]) -> ConflictError:
+    name = run.get("source", {}).get("name") or run.get("source", {}).get("repo")
+    held = f"{name}, recipe {run.get('recipe')}, layout {run.get('layout')}, or an older state of the same source"
+    return ConflictError(f"the folder holds another artifact ({held})", where=str(artifact.path), next=ELSEWHERE)

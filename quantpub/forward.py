@@ -121,12 +121,15 @@ def _auto(kind: str, folder: Path) -> Any:
 
     try:
         return getattr(transformers, kind).from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of every kind: what transformers makes of files that it does not understand
         raise _refused(error, folder) from error
 
 
 def _refused(error: Exception, where: Path) -> InputError:
-    return InputError(f"transformers does not load it ({' '.join(str(error).split()):.160})", where=str(where))
+    what = f"transformers does not load it ({' '.join(str(error).split()):.160})"
+    return InputError(
+        what, where=str(where), next="check its configuration and tokenizer files, or upgrade transformers"
+    )
 
 
 def _load(config: Any, weights: Path | dict[str, Any], dtype: torch.dtype, where: Path) -> Any:

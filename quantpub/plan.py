@@ -10,11 +10,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-from quantpub import kv_cache
+from quantpub.actions import COPY, QUANTIZE, REJECTED, Action
 from quantpub.algorithms import ALGORITHMS
 from quantpub.checkpoint import Checkpoint, Slice, public_config
 from quantpub.errors import InputError, closest
@@ -23,6 +22,7 @@ from quantpub.files import sha256_json
 from quantpub.folds import Fold, folds, useful
 from quantpub.gemms import EXPERT, fuse
 from quantpub.layouts.base import Layout, Spec
+from quantpub.plan_calibrated import smoothed, unsmoothed, with_kv
 from quantpub.plan_engines import no_engine, unserved
 from quantpub.recipe import Recipe, ignores
 from quantpub.registry import load
@@ -31,47 +31,8 @@ from quantpub.shards import build_header
 from quantpub.transforms import TRANSFORMS
 from quantpub.treatments import Treatment, make_treatments, unquantized
 
-QUANTIZE, SMOOTH, COPY = "quantize", "smooth", "copy"
-REJECTED = "rejected: "  # begins the reason of an action that no plan may be run with
 FLOATS = ("BF16", "F16", "F32")
 TP_SIZES = (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Action:
-    """What happens to one tensor. reason: why it is copied, or smoothed: copied but for a fold. outputs: as written.
-
-    treatment: of a quantized tensor, its place in the plan's treatments. kv: scales of the KV cache that are written along
-    with a projection of keys or values, quantized or not: output tensor → (dtype, shape).
-    """
-
-    kind: str
-    part: Slice
-    role: str
-    outputs: Spec
-    reason: str | None = None
-    treatment: int | None = None
-    kv: Spec = field(default_factory=dict)
-
-    @property
-    def module(self) -> str:
-        return self.part.name.removesuffix(".weight")
-
-    def as_json(self) -> dict[str, Any]:
-        info = self.part.info
-        return {
-            "tensor": self.part.source,
-            "as": self.part.name,
-            "shard": self.part.shard,
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "role": self.role,
-            "action": self.kind,
-            "reason": self.reason,
-            "treatment": self.treatment,
-            "outputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.outputs.items()},
-            **({"kv": {name: [dtype, list(shape)] for name, (dtype, shape) in self.kv.items()}} if self.kv else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -192,55 +153,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
         for shard in checkpoint.shards
     }
     if recipe.kv_cache:
-        shards = _with_kv(shards, checkpoint, family, treatments[0].layout, rejections)
+        shards = with_kv(shards, checkpoint, family, treatments[0].layout, rejections)
     rejections |= mixed(shards, family)
     plan = Plan(recipe, treatments, checkpoint, family, shards, _ignored(shards, family), rejections)
     _check_outputs_once(plan)
     rejections |= unserved(plan)
     rejections |= unsmoothed(plan)
-    return replace(plan, shards={shard: _smoothed(plan, shard) for shard in shards}) if plan.folds else plan
-
-
-def _with_kv(
-    shards: Mapping[str, Sequence[Action]],
-    checkpoint: Checkpoint,
-    family: Family,
-    layout: Layout,
-    rejections: dict[str, str],
-) -> dict[str, tuple[Action, ...]]:
-    """The actions of projections of keys and values with the scales of the KV cache."""
-    linears = [a for actions in shards.values() for a in actions if a.role == LINEAR]
-    if linears and (reason := kv_cache.refusal(family, layout, ((a.module, a.role) for a in linears))):
-        rejections[linears[0].part.name] = reason
-    layers = checkpoint.config.get("num_hidden_layers")
-
-    def scaled(action: Action) -> Action:
-        kv = kv_cache.scales(action.module, layout, layers) if action.role == LINEAR else {}
-        return replace(action, kv=kv) if kv else action
-
-    return {shard: tuple(map(scaled, actions)) for shard, actions in shards.items()}
-
-
-def _smoothed(plan: Plan, shard: str) -> tuple[Action, ...]:
-    """The actions of a shard, with those of kind `smooth` for what is folded but not quantized."""
-    folded = {tensor for fold in plan.folds for tensor in fold.tensors}
-
-    def smoothed(action: Action) -> Action:
-        if action.kind != COPY or action.part.name not in folded or (action.reason or "").startswith(REJECTED):
-            return action
-        return replace(action, kind=SMOOTH, reason=f"{action.reason}; factors of smoothing are folded into it")
-
-    return tuple(map(smoothed, plan.shards[shard]))
-
-
-def unsmoothed(plan: Plan) -> dict[str, str]:
-    """tensor → reason, where the recipe has a transform that finds nothing to do."""
-    transform, linears = plan.recipe.transform, [a for a in plan.actions if a.treatment is not None]
-    if transform is None or plan.folds or plan.rejections or not linears:
-        return {}
-    reason = load(TRANSFORMS, "transform", transform["name"]).reject(plan.scheme)
-    nowhere = f"there is no place in this {plan.family.name} model that takes the factors of {transform['name']}"
-    return {linears[0].part.name: reason or nowhere}
+    return replace(plan, shards={shard: smoothed(plan, shard) for shard in shards}) if plan.folds else plan
 
 
 def mixed(shards: Mapping[str, Sequence[Action]], family: Family) -> dict[str, str]:

@@ -8,9 +8,10 @@ from collections import Counter
 from typing import Any
 
 from quantpub import advice
+from quantpub.actions import QUANTIZE, Action
 from quantpub.checkpoint import INDEX
 from quantpub.gemms import fuse
-from quantpub.plan import QUANTIZE, Action, Plan
+from quantpub.plan import Plan
 from quantpub.plan_engines import engines_of, merged_weights
 from quantpub.recipe import ignores
 from quantpub.shards import tensor_bytes
@@ -73,6 +74,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "layout": plan.layout.name,
         "schemes": list(dict.fromkeys(treatment.scheme.name for treatment in used)),
         "engines": {engine: reason or "ok" for engine, reason in refusals.items()},
+        "calibrates": sorted(plan.calibrates),
         "shards": len(plan.shards),
         "tensors": len(plan.actions),
         "quantized": len(quantized),

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from quantpub.actions import COPY, QUANTIZE, Action
 from quantpub.algorithms.base import Algorithm
 from quantpub.calibrated import Calibrated, calibrated
 from quantpub.checkpoint import ShardReader
-from quantpub.destination import Destination
+from quantpub.destination import Destination, folders
 from quantpub.errors import InputError, QuantpubError, UsageError
 from quantpub.memory import give_back, keep_freed_memory
-from quantpub.plan import COPY, QUANTIZE, Action, Plan, require_runnable
+from quantpub.plan import Plan, require_runnable
 from quantpub.plan_facts import WORKERS
 from quantpub.qtensor import QTensor
 from quantpub.shards import raw_bytes
@@ -71,7 +72,7 @@ def quantize(
     """
     for plan in plans:
         require_runnable(plan)
-    destinations = [Destination(plan, out if len(plans) == 1 else out / plan.layout.name) for plan in plans]
+    destinations = [Destination(plan, folder) for plan, folder in zip(plans, folders(plans, out), strict=True)]
     todo = [destination for destination in destinations if not destination.complete]
     found = calibrated(plans[0], statistics, solved, device) if todo else Calibrated()
     try:

@@ -6,6 +6,7 @@ YAML file works too. Unknown keys are errors: a misspelt knob must not be a defa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -56,13 +57,13 @@ def _sensible_group(value: int | None) -> int | None:
 
 
 def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None and value.get("name") not in ALGORITHMS:
+    if value is not None and str(value.get("name")) not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {value.get('name')!r}: {closest(str(value.get('name')), ALGORITHMS)}")
     return value
 
 
 def _known_transform(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None and value.get("name") not in TRANSFORMS:
+    if value is not None and str(value.get("name")) not in TRANSFORMS:
         raise ValueError(f"unknown transform {value.get('name')!r}: {closest(str(value.get('name')), TRANSFORMS)}")
     return value
 
@@ -204,7 +205,9 @@ class Recipe(BaseModel):
                 reason = self._refused_by(engine)
                 raise UsageError(
                     f"recipe {self.name} has no layout for engine {engine!r}{f': {reason}' if reason else ''}",
-                    next=closest(engine, self.engines),
+                    next=f"choose a recipe that has one, as {_recipes_for(engine)}"
+                    if reason
+                    else closest(engine, self.engines),
                 )
         for layout in layouts:
             if layout in KERNEL_LAYOUTS:
@@ -230,6 +233,15 @@ class Recipe(BaseModel):
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _recipes_for(engine: str) -> str:
+    """Recipes that name the engine, as words."""
+    own = []
+    for name, path in recipe_files().items():
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+            own += [name] if engine in yaml.safe_load(path.read_text("utf-8"))["engines"] else []
+    return " or ".join(own[:4]) or "one of your own"
 
 
 def ignores(entries: Sequence[str], module: str) -> bool:

@@ -9,6 +9,13 @@ from typing import Any
 from quantpub.hardware import GENERATIONS
 from quantpub.output import Output
 
+CALIBRATES = {
+    "inputs": "scales of activations",
+    "kv": "scales of the KV cache",
+    "hessian": "Hessians of inputs",
+    "transform": "smoothing",
+}
+
 
 def size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
@@ -44,6 +51,8 @@ def _show_plan(out: Output, facts: dict[str, Any]) -> None:
     out.line(
         f"  bits per weight  {facts['bits_per_quantized_weight']} where quantized, {facts['bits_per_weight']} over all parameters"
     )
+    if facts["calibrates"]:
+        out.line(f"  calibration      needs data, for {', '.join(CALIBRATES[name] for name in facts['calibrates'])}")
     out.line(f"  peak memory      about {size(facts['peak_memory_bytes'])}")
     for degree, verdict in facts["tensor_parallel"].items():
         out.line(f"  tensor parallel  {degree}: {verdict}")

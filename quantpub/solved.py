@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from quantpub.actions import Action
 from quantpub.errors import InputError
 from quantpub.files import sha256_json
 from quantpub.gemms import LAYER
 from quantpub.layer_store import LayerStore
-from quantpub.plan import Action, Plan
+from quantpub.plan import Plan
 from quantpub.qtensor import QTensor
 from quantpub.statistics import folder_of
 from quantpub.treatments import Treatment

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from quantpub.actions import COPY, Action
 from quantpub.errors import InputError, UnavailableError
-from quantpub.plan import COPY, Action, Plan
+from quantpub.plan import Plan
 from quantpub.stats import Stats
 
 _INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}

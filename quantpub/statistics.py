@@ -21,13 +21,13 @@ from quantpub.gemms import EXPERT, LAYER
 from quantpub.layer_store import LayerStore
 from quantpub.stats import Observed
 
-VERSION = 1  # of what is gathered, and how
+VERSION = 2  # of what is gathered, and how
 FIELDS = ("amax_K", "second_moment_K", "sample_RK")
 
 
 def statistics_key(checkpoint: Checkpoint, data: dict[str, Any], settings: dict[str, Any]) -> str:
-    """sha256 of source, data and settings."""
-    weights = {shard: checkpoint.source.fingerprint(shard) for shard in checkpoint.shards}
+    """sha256 of source, data and settings. Whole shards count: an edit of a few weights is another calibration."""
+    weights = {shard: checkpoint.source.sha256(shard) for shard in checkpoint.shards}
     return sha256_json([VERSION, weights, public_config(checkpoint), data, settings])
 
 

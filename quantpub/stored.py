@@ -37,6 +37,10 @@ KL_28M = {
     "fp8-block": 0.00558,
     "int8-dynamic": 0.00195,
     "w8a16": 0.00021,
+    "int8-smoothquant": 0.00158,
+    "fp8-static": 0.00628,
+    "nvfp4": 0.07127,
+    "w4a16-gptq": 0.02292,
 }  # recipe → QUALITY; a test compares it with that table
 
 

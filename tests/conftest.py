@@ -104,6 +104,21 @@ def any_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return make_artifact(DEMO_MODEL, request.param, tmp_path_factory.mktemp("artifact") / request.param)
 
 
+def needed(algorithm: Any, scheme: Any, w_NK: Any, stats: Any = None) -> Any:
+    """`stats` with what the algorithm or the scheme cannot do without: a Hessian, the largest input."""
+    import dataclasses
+
+    import torch
+
+    from quantpub.stats import Stats
+
+    if "hessian" in algorithm.needs:
+        stats = dataclasses.replace(stats or Stats(), hessian_KK=torch.eye(w_NK.shape[1]))
+    if scheme.act is not None and (scheme.act.global_scale or not scheme.act.dynamic):
+        stats = dataclasses.replace(stats or Stats(), input_amax=4.0)
+    return stats
+
+
 @pytest.fixture
 def artifact(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A w4a16 artifact of the demo model that the test may damage."""

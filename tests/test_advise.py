@@ -89,7 +89,8 @@ def test_the_first_is_the_least_lossy_of_the_fastest() -> None:
         advice = asked(gpu, workload)
         top = max(choice["tokens_per_s"] for choice in advice["choices"])
         near = [choice for choice in advice["choices"] if choice["tokens_per_s"] >= (1 - NEAR) * top]
-        assert advice["choices"][0]["kl_28m"] == min(choice["kl_28m"] for choice in near)
+        known = [choice["kl_28m"] for choice in near if choice["kl_28m"] is not None]  # of FP8 caches it is not
+        assert advice["choices"][0]["kl_28m"] == min(known)
         assert advice["choices"][0]["recipe"] in advice["reason"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantpub.activations import fp8_per_token, int8_per_token
-from quantpub.algorithms import base, fp8, hqq, mxfp4, nvfp4, search
+from quantpub.algorithms import base, fp8, hqq, mxfp4, nvfp4, scales, search
 from quantpub.layouts import awq
 from quantpub.qtensor import QTensor, dequantize, same
 from quantpub.scheme import PRESETS, preset
@@ -38,7 +38,7 @@ def test_what_is_merged_shares_a_scale_of_the_tensor_only() -> None:
     w = weights(256, 256, 1)
     alone, merged = (fp8.quantize(w, s, PRESETS["FP8_BLOCK"], fp8.Params()) for s in (None, Stats(group_amax=9.0)))
     assert same(alone, merged)
-    whole = fp8.quantize(w, Stats(group_amax=9.0), PRESETS["FP8"], fp8.Params())
+    whole = fp8.quantize(w, Stats(group_amax=9.0, input_amax=1.0), PRESETS["FP8"], fp8.Params())
     assert whole.scale.item() == pytest.approx(9.0 / 448)
 
 
@@ -77,7 +77,7 @@ def test_each_step_of_the_search_pays(scheme: str, monkeypatch: pytest.MonkeyPat
     assert error(w.float(), found(w, scheme, grid=2, shrink=0.6, refine=3)) < 0.99 * coarse
     assert error(w.float(), found(w, scheme, grid=16, shrink=0.6, refine=0)) < 0.99 * coarse
     with_neighbours = error(w.float(), found(w, scheme))
-    monkeypatch.setattr(search, "neighbours", lambda *_: [])
+    monkeypatch.setattr(scales, "neighbours", lambda *_: [])
     assert with_neighbours < error(w.float(), found(w, scheme))
 
 
@@ -89,7 +89,7 @@ def test_neighbouring_zeros_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*args: object) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         return whole(*args)[1::3]  # type: ignore[arg-type]  # of each triple the zero that centres the range
 
-    monkeypatch.setattr(search, "candidates", without)
+    monkeypatch.setattr(scales, "candidates", without)
     assert best < error(w, found(w, "W4A16_ASYM"))
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from quantpub.actions import QUANTIZE
 from quantpub.checkpoint import open_checkpoint
 from quantpub.families import BUFFER, EMBEDDING, FAMILIES, HEAD, LINEAR, NORM, REFUSED, ROUTER
 from quantpub.gemms import EXPERT, fuse
-from quantpub.plan import QUANTIZE, make_plan
+from quantpub.plan import make_plan
 from quantpub.plan_facts import tensor_parallel
 from quantpub.recipe import load_recipe
 

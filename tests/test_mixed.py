@@ -11,13 +11,14 @@ import pytest
 from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama
 from test_partners import NEWEST, our_digests, their_digests
 
+from quantpub.actions import Action
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import open_checkpoint
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.gemms import fuse
-from quantpub.plan import Action, Plan, make_plan, require_runnable
+from quantpub.plan import Plan, make_plan, require_runnable
 from quantpub.plan_facts import summary, tensor_parallel
 from quantpub.plan_files import quantization_config
 from quantpub.recipe import Recipe, load_recipe

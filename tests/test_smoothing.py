@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_folds import folded, found_in, logits, random_factors, relative, save_random
 from test_verify import reseal
 
+from quantpub.actions import COPY, QUANTIZE, SMOOTH
 from quantpub.activations import int8_per_token
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import open_checkpoint, read_slice
 from quantpub.errors import InputError
 from quantpub.folds import NORM, VALUE, Fold, folds
-from quantpub.plan import COPY, QUANTIZE, SMOOTH, Plan, make_plan
+from quantpub.plan import Plan, make_plan
 from quantpub.qtensor import dequantize
 from quantpub.recipe import Recipe, load_recipe
 from quantpub.smoothing import Smoothing, bound, realised, solve

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantpub.errors import InputError
-from quantpub.observe.watch import Gathered, Watch
+from quantpub.observe.watch import Gathered, Watch, spread
 
 ENOUGH = 128  # tokens that every expert is shown, by the router or by name
 LEAST = 16  # a layer that saw fewer tokens in all has no statistics worth the name
@@ -54,7 +54,7 @@ class Router:
         rows_RK = whole.sample()
         for expert, count in enumerate(counts):
             if count < ENOUGH:
-                self._send(rows_RK[: ENOUGH - count], expert)
+                self._send(rows_RK[spread(len(rows_RK), ENOUGH - count, 0)], expert)
 
     def _send(self, x_MK: torch.Tensor, expert: int) -> None:
         index_M1 = torch.full((len(x_MK), 1), expert, device=x_MK.device)

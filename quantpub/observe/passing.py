@@ -63,7 +63,7 @@ class Pass:
         finished = len(self._store.finished()) if self._ranks.first else 0
         first = self._ranks.agree(-1 if saved is None else saved)
         first = self._ranks.share(first if first <= finished else -1)
-        if first > 0 and first == saved:
+        if self._ranks.agree(int(0 < first == saved)):  # otherwise every process begins anew: none may be a layer ahead
             self.hidden.resume()
             for layer in range(first):
                 self._count(self._store.read(layer)[1])
@@ -89,6 +89,8 @@ class Pass:
         """The record, written; what was only there to go on from is gone."""
         whole = self._store.end(record) if self._ranks.first else None
         self.hidden.remove()
+        for path in self._store.folder.glob("hidden-*") if self._ranks.first else ():
+            path.unlink(missing_ok=True)  # of a killed run of another number of processes
         give_back()
         found: dict[str, Any] = self._ranks.share(whole)
         return found

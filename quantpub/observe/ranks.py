@@ -73,7 +73,7 @@ class Ranks:
             torch.distributed.all_reduce(gathered.sum_KK)
         everybody: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(everybody, {i: rows.cpu() for i, rows in gathered.samples.items()})
-        gathered.samples = {i: rows for theirs in everybody for i, rows in theirs.items()}
+        gathered.samples = {i: rows.to(self.device) for theirs in everybody for i, rows in theirs.items()}
 
 
 def join(device: str) -> Ranks:

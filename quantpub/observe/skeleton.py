@@ -77,8 +77,11 @@ class Skeleton:
             if part.name == EMBEDDING
         )
         _set(embedding, "weight", read_slice(self.checkpoint.source, part).to(self.device, self.dtype))
-        for ids_BT in rows:
-            yield embedding(ids_BT.to(self.device))
+        for ids_BT in rows:  # through the model's own forward: Granite multiplies embeddings there, for one
+            inputs_embeds = embedding(ids_BT.to(self.device))
+            hidden_BTH = self._base(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+            self._caught.clear()
+            yield hidden_BTH
         _set(embedding, "weight", torch.empty_like(embedding.weight, device="meta"))
 
     def parts(self, layer: int) -> dict[str, tuple[Slice, Place]]:
@@ -107,6 +110,7 @@ class Skeleton:
                 continue
             if old.device.type == "meta":
                 tensors[place.parameter] = old = torch.zeros(old.shape, dtype=dtype, device=self.device)
+            _require_room(name, value, old, place)
             old[place.expert, place.rows(part)] = value.to(self.device, dtype)
         for name, value in tensors.items():
             _set_nested(module, name, value)
@@ -147,7 +151,7 @@ def _build(folder: Path, dtype: torch.dtype) -> Any:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
             model = model_class._from_config(config, dtype=dtype, experts_implementation="eager")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of every kind: what transformers makes of a config that it does not understand
         what = f"transformers does not build it ({' '.join(str(error).split()):.160})"
         raise InputError(what, where=str(folder), next=NEXT) from None
     return model.get_decoder() if hasattr(model, "get_decoder") else model.model
@@ -173,6 +177,16 @@ def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _require_shape(name: str, value: torch.Tensor, old: torch.Tensor) -> None:
     if value.shape != old.shape:
         what = f"its shape {list(value.shape)} is not the {list(old.shape)} that its config describes"
+        raise InputError(what, where=name, next="take a checkpoint that its config fits")
+
+
+def _require_room(name: str, value: torch.Tensor, stacked: torch.Tensor, place: Place) -> None:
+    """stacked: experts, [E, rows, K]."""
+    experts, rows, k = stacked.shape
+    members = rows // max(1, value.shape[0])
+    fits = value.shape[1] == k and value.shape[0] * members == rows and place.start + value.shape[0] <= rows
+    if place.expert is None or place.expert >= experts or not fits:
+        what = f"its shape {list(value.shape)} has no place in the {list(stacked.shape)} that its config describes"
         raise InputError(what, where=name, next="take a checkpoint that its config fits")
 
 

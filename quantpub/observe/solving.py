@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from quantpub.actions import Action
 from quantpub.algorithms.base import Algorithm
+from quantpub.calibrated import input_sets
 from quantpub.checkpoint import read_slice
 from quantpub.evidence import made_by
 from quantpub.forward import quiet_transformers
@@ -24,7 +26,7 @@ from quantpub.memory import keep_freed_memory
 from quantpub.observe.layers import Seen, run, watched
 from quantpub.observe.passing import Pass, settings
 from quantpub.observe.ranks import join
-from quantpub.plan import Action, Plan
+from quantpub.plan import Plan
 from quantpub.qtensor import QTensor, dequantize
 from quantpub.samples import Request, identify, read_samples
 from quantpub.solved import Solved, solved_key
@@ -50,12 +52,13 @@ def solve(
         going = Pass(plan.checkpoint, samples, store, ranks)
         bound = [plan.recipe.bind(treatment.algorithm, treatment.scheme) for treatment in plan.treatments]
         amax, actions = fused_amax(plan), _by_layer(plan)
+        one_scale = {member: members for members in input_sets(plan) for member in members}
         for layer in going.layers(progress):
             todo = actions.get(layer, [])
             seen = watched(
                 going.skeleton, layer, going.hidden, ranks, going.mine, going.batches, hessian=True, keep=False
             )
-            solved = _solved(plan, todo, seen, bound, amax, device)
+            solved = _solved(plan, todo, seen, bound, amax, one_scale, device)
             _set(going, layer, {module: dequantize(q) for module, q in solved.items()})
             run(going.skeleton, layer, going.hidden)
             going.store(layer, _packed(plan, todo, solved), {"experts": seen.routed})
@@ -78,7 +81,13 @@ def _by_layer(plan: Plan) -> dict[int, list[Action]]:
 
 
 def _solved(
-    plan: Plan, todo: list[Action], seen: Seen, bound: Bound, amax: Mapping[str, float], device: str
+    plan: Plan,
+    todo: list[Action],
+    seen: Seen,
+    bound: Bound,
+    amax: Mapping[str, float],
+    one_scale: Mapping[str, Sequence[str]],
+    device: str,
 ) -> dict[str, QTensor]:
     """module → its quantized weight. Linears of one input and treatment are solved as one: rows do not know of each other,
     and the Hessian is factored once."""
@@ -92,7 +101,7 @@ def _solved(
     for (_, place), actions in together.items():
         weights = [_weight(plan, action) for action in actions]
         algorithm, params = bound[place]
-        stats = _stats(seen, actions[0].module, amax)
+        stats = _stats(seen, actions[0].module, amax, one_scale)
         q = algorithm.quantize(torch.cat(weights).to(device), stats, plan.treatments[place].scheme, params)
         parts = split(q, [len(w_NK) for w_NK in weights])
         found |= {action.module: part for action, part in zip(actions, parts, strict=True)}
@@ -105,14 +114,16 @@ def _weight(plan: Plan, action: Action) -> torch.Tensor:
     return w_NK
 
 
-def _stats(seen: Seen, module: str, amax: Mapping[str, float]) -> Stats:
+def _stats(seen: Seen, module: str, amax: Mapping[str, float], one_scale: Mapping[str, Sequence[str]]) -> Stats:
+    """one_scale: module → those of which an engine keeps one scale of inputs, itself included."""
     gathered = seen.watch.gathered[seen.watch.inputs[module]]
+    sharing = {seen.watch.inputs[member] for member in one_scale[module]}
     assert gathered.sum_KK is not None
     return Stats(
         second_moment_K=(gathered.sum_K / gathered.tokens).float(),
         group_amax=amax.get(module),
         hessian_KK=gathered.sum_KK / gathered.tokens,
-        input_amax=float(gathered.amax_K.max()),
+        input_amax=max(float(seen.watch.gathered[owner].amax_K.max()) for owner in sharing),
         sample_RK=gathered.sample(),
     )
 

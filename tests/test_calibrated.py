@@ -15,6 +15,8 @@ from test_families import save_tiny
 from quantpub.recipe import load_recipe
 from quantpub.sources import SAMPLE, SAMPLES, LocalSource
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 SMALL = ("--calibration", DEMO_TEXT, "--num-samples", 2, "--max-seq-len", 48)
 
 

@@ -108,6 +108,8 @@ def test_a_weight_that_grew_since_the_first_look_is_an_error(tmp_path: Path, mon
     from quantpub.errors import UnavailableError
 
     found = fused_amax(make_plan(open_checkpoint(str(DEMO_MODEL)), load_recipe("nvfp4a16"), "ct-nvfp4"))
-    monkeypatch.setattr("quantpub.quantize.fused_amax", lambda plan: {name: value / 2 for name, value in found.items()})
+    monkeypatch.setattr(
+        "quantpub.calibrated.fused_amax", lambda plan: {name: value / 2 for name, value in found.items()}
+    )
     with pytest.raises(UnavailableError, match="changed while it was read"):
         make_artifact(DEMO_MODEL, "nvfp4a16", tmp_path / "a", "ct-nvfp4")

@@ -29,6 +29,8 @@ from quantpub.plan import make_plan
 from quantpub.recipe import Recipe, load_recipe
 from quantpub.verify.run import verify
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 AT = "model.layers.{}.self_attn."
 
 

@@ -24,6 +24,8 @@ from quantpub.samples import dataset as module
 from quantpub.samples.request import OWN_FILE
 from quantpub.samples.splits import files_of
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 REPO = "acme/chat"
 ROWS = [{"prompt_id": f"{i:04}", "text": f"# document {i}\n" + f"value_{i} = {i} + 1\n" * 20} for i in range(60)]
 NAMES = [f"data/train_sft-{i:05}-of-00003-a3ecf92756993583.parquet" for i in range(3)]

@@ -32,6 +32,8 @@ from quantpub.scheme import PRESETS
 from quantpub.stats import Stats
 from quantpub.verify.run import verify
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 GOLDEN = load_file(Path(__file__).parent / "golden" / "activations_modelopt.safetensors")
 CASES = [
     ("fp8-static", "ct-float"),

@@ -115,6 +115,7 @@ def half_quadratic(w: torch.Tensor, values: torch.Tensor, q: QTensor) -> torch.T
     return torch.where(x <= turn, x.square() / 2, beyond).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), [pair for pair in PAIRS if PRESETS[pair[1]].weight.block[0] == 1])
 @settings(max_examples=30, deadline=None)
 @given(
@@ -175,6 +176,7 @@ def test_codes_in_range_scales_finite_and_dtypes_as_stored(
         assert not dequantize(q).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), [pair for pair in PAIRS if PRESETS[pair[1]].weight.block[0] == 1])
 def test_row_blocks_join_to_the_whole(name: str, scheme: str) -> None:
     """A weight of several blocks equals its rows quantized one by one, under the same largest magnitude."""

@@ -46,6 +46,7 @@ def quantized(name: str, scheme: Scheme, w: torch.Tensor) -> QTensor:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), PAIRS)
 @pytest.mark.parametrize("shape", [(1, 40960), (33, 4096)])
 def test_bytes_do_not_hang_on_threads(
@@ -62,6 +63,7 @@ def test_bytes_do_not_hang_on_threads(
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), [p for p in PAIRS if PRESETS[p[1]].weight.block[0] == 1])
 def test_bytes_do_not_hang_on_the_size_of_blocks(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(37, 2048, generator=torch.Generator().manual_seed(2)).mul_(0.02)

@@ -84,6 +84,7 @@ def agree(solved: torch.Tensor, wanted: torch.Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------- against the definition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.group_size}")
 @pytest.mark.parametrize("order", ["falling", "original"])
 @pytest.mark.parametrize("damp", [0.01, 0.3])

@@ -28,6 +28,8 @@ from quantpub.samples.reading import sha256_ids
 from quantpub.samples.request import Dataset, named
 from quantpub.samples.text import _passage
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}<|endoftext|>\n{% endfor %}"

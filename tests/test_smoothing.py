@@ -30,6 +30,8 @@ from quantpub.smoothing import Smoothing, bound, realised, solve
 from quantpub.stats import Observed, Stats
 from quantpub.verify.run import verify
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 NAME = "int8-smoothquant"
 
 

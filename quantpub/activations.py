@@ -78,17 +78,12 @@ def int8_per_token(x_MK: torch.Tensor, outlier: float | None = None) -> torch.Te
     return torch.where(wide_K, x_MK, rounded_MK.to(x_MK.dtype))
 
 
-def calibrated(act: ActFormat) -> bool:
-    """Whether activations of this format take a scale that calibration found."""
-    return act.global_scale or not act.dynamic
-
-
 def rounding_of(act: ActFormat, scale: torch.Tensor | None = None) -> Rounding | None:
     """How activations of this format are rounded, or None where that is not known here.
 
     scale: the calibrated one, a multiplier; where the format takes one and none is given, None.
     """
-    if calibrated(act):
+    if act.calibrated:
         return None if scale is None else _under(act, scale)
     if (act.num, act.granularity) == ("fp8_e4m3", "token"):
         return fp8_per_token
@@ -101,7 +96,7 @@ def rounding_of(act: ActFormat, scale: torch.Tensor | None = None) -> Rounding |
 
 def known(act: ActFormat) -> bool:
     """Whether rounding to this format is known here."""
-    return rounding_of(act, torch.ones(()) if calibrated(act) else None) is not None
+    return rounding_of(act, torch.ones(()) if act.calibrated else None) is not None
 
 
 def _under(act: ActFormat, scale: torch.Tensor) -> Rounding | None:

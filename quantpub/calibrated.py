@@ -80,13 +80,14 @@ class Calibrated:
 
     def evidence(self) -> dict[str, Any]:
         """What calibration.json says; empty where no data was used."""
-        found: dict[str, Any] = {}
+        records = [found.record for found in (self.statistics, self.solved) if found is not None]
+        found = dict(records[0]) if records else {}
+        if len(records) > 1:
+            found["solved"] = records[1]
         if self.statistics is not None:
-            found |= self.statistics.record | {"unseen": self.unseen}
+            found["unseen"] = list(self.unseen)
         if self.smoothing is not None:
             found["smoothing"] = self.smoothing.evidence
-        if self.solved is not None:
-            found |= self.solved.record
         return found
 
 
@@ -114,7 +115,7 @@ def _input_amax(plan: Plan, statistics: Statistics, smoothing: Smoothing | None)
     own = {}
     for module, treatment in plan.treated.items():
         act = treatment.scheme.act
-        if act is not None and (act.global_scale or not act.dynamic):
+        if act is not None and act.calibrated:
             seen = statistics.input(module)
             seen = seen if smoothing is None else smoothing.observed(module, seen)
             own[module] = float(seen.amax_K.max())

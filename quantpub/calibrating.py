@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from quantpub.algorithms import ALGORITHMS
-from quantpub.errors import InputError, UsageError
+from quantpub.errors import UsageError
 from quantpub.files import sha256_json
-from quantpub.gemms import LAYER
 from quantpub.observe import observe
 from quantpub.observe.solving import solve
 from quantpub.plan import Plan
@@ -46,7 +45,6 @@ def calibrate(
     plan = plans[0]
     if (request := requested(plan, asked)) is None:
         return Found(list(plans))
-    require_reached(plan)
     minimum = plan.recipe.calibration.min_expert_tokens
     solved = solve(plan, request, device, progress) if "hessian" in plan.calibrates else None
     statistics = observe(plan.checkpoint, request, device, progress) if _observes(plan) else None
@@ -60,23 +58,6 @@ def calibrate(
 def _observes(plan: Plan) -> bool:
     """Whether statistics are used beside Hessians, which a sequential algorithm gathers itself."""
     return plan.calibrates != {"hessian"}
-
-
-def require_reached(plan: Plan) -> None:
-    """Calibration runs the model's own layers; heads that draft tokens come after them. Asked before any data is read.
-
-    Errors: InputError when a linear beyond them is quantized by what only calibration knows.
-    """
-    layers = plan.checkpoint.config.get("num_hidden_layers")
-    if not isinstance(layers, int) or not plan.calibrates & {"inputs", "hessian"}:
-        return
-    for module, treatment in plan.treated.items():
-        match, act = LAYER.match(module), treatment.scheme.act
-        static = act is not None and (act.global_scale or not act.dynamic)
-        if match and int(match[1]) >= layers and (static or "hessian" in plan.calibrates):
-            what = f"calibration does not reach it: the model runs {layers} layers, and this one drafts tokens"
-            advice = f"put 're:model\\.layers\\.{match[1]}\\..*' under `ignore` in a copy of the recipe"
-            raise InputError(what, where=module, next=advice)
 
 
 def requested(plan: Plan, asked: Asked) -> Request | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantpub.activations import Rounding, calibrated, rounding_of
+from quantpub.activations import Rounding, rounding_of
 from quantpub.cached import RoundedCache
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
@@ -200,7 +200,7 @@ def _ways(decoder: Decoder) -> tuple[list[Way], dict[str, int]]:
         act = decoder.treated(module).scheme.act
         if act is None:
             continue
-        scale = decoder.input_scale(module) if calibrated(act) else None
+        scale = decoder.input_scale(module) if act.calibrated else None
         way = Way(act, None if scale is None else float(scale))
         places[module] = ways.setdefault(way, len(ways))
     return list(ways), places

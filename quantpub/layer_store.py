@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,9 +115,6 @@ class LayerStore:
             raise ConflictError(what, where=str(self.folder), next="wait for it; then it costs nothing") from None
         finally:
             os.close(fd)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _line(layer: int, digest: str) -> str:

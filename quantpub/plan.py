@@ -22,7 +22,7 @@ from quantpub.files import sha256_json
 from quantpub.folds import Fold, folds, useful
 from quantpub.gemms import EXPERT, fuse
 from quantpub.layouts.base import Layout, Spec
-from quantpub.plan_calibrated import smoothed, unsmoothed, with_kv
+from quantpub.plan_calibrated import smoothed, unreached, unsmoothed, with_kv
 from quantpub.plan_engines import no_engine, unserved
 from quantpub.recipe import Recipe, ignores
 from quantpub.registry import load
@@ -85,7 +85,7 @@ class Plan:
         used = [self.treatments[place] for place in {a.treatment for a in self.actions if a.treatment is not None}]
         needs = {need for t in used for need in load(ALGORITHMS, "algorithm", t.algorithm["name"]).needs}
         found = {
-            "inputs": any(t.scheme.act and (t.scheme.act.global_scale or not t.scheme.act.dynamic) for t in used),
+            "inputs": any(t.scheme.act is not None and t.scheme.act.calibrated for t in used),
             "kv": bool(self.kv),
             "hessian": "hessian" in needs,
             "transform": self.recipe.transform is not None,
@@ -159,6 +159,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> Plan:
     _check_outputs_once(plan)
     rejections |= unserved(plan)
     rejections |= unsmoothed(plan)
+    rejections |= unreached(plan)
     return replace(plan, shards={shard: smoothed(plan, shard) for shard in shards}) if plan.folds else plan
 
 

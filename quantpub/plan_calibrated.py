@@ -10,6 +10,7 @@ from quantpub import kv_cache
 from quantpub.actions import COPY, REJECTED, SMOOTH, Action
 from quantpub.checkpoint import Checkpoint
 from quantpub.families import LINEAR, Family
+from quantpub.gemms import LAYER
 from quantpub.layouts.base import Layout
 from quantpub.registry import load
 from quantpub.transforms import TRANSFORMS
@@ -71,3 +72,25 @@ def unsmoothed(plan: Plan) -> dict[str, str]:
     reason = load(TRANSFORMS, "transform", transform["name"]).reject(plan.scheme)
     nowhere = f"there is no place in this {plan.family.name} model that takes the factors of {transform['name']}"
     return {linears[0].part.name: reason or nowhere}
+
+
+def unreached(plan: Plan) -> dict[str, str]:
+    """tensor → reason: linears behind the layers that the model runs, of which only calibration could know the scales.
+
+    Heads that draft tokens are such layers.
+    """
+    layers = plan.checkpoint.config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return {}
+    found = {}
+    for action in plan.actions:
+        match = LAYER.match(action.module)
+        if action.treatment is None or match is None or int(match[1]) < layers:
+            continue
+        act = plan.treatments[action.treatment].scheme.act
+        if "hessian" in plan.calibrates or (act is not None and act.calibrated):
+            found[action.part.name] = (
+                f"calibration does not reach it: the model runs {layers} layers, and this one drafts tokens: "
+                f"put 're:model\\.layers\\.{match[1]}\\..*' under `ignore` in a copy of the recipe"
+            )
+    return found

@@ -73,6 +73,11 @@ class ActFormat:
     global_scale: bool = False
     outlier: float | None = None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a scale that calibration finds."""
+        return self.global_scale or not self.dynamic
+
 
 @dataclass(frozen=True)
 class Scheme:

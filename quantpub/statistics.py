@@ -42,7 +42,6 @@ class Statistics:
     def __init__(self, store: LayerStore, record: dict[str, Any]) -> None:
         self.key: str = record["key"]
         self.record = record
-        self._store = store
         self._layer = lru_cache(maxsize=2)(store.read)
 
     @staticmethod

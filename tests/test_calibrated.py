@@ -73,6 +73,7 @@ def test_layers_that_calibration_does_not_run_are_refused_before_it(
     assert ran.code == 3
     assert "model.layers.3." in ran.err
     assert r"'re:model\.layers\.3\..*' under `ignore`" in ran.err
+    assert "drafts tokens" in run_cli("plan", model, "-r", recipe, "--engine", "vllm").err
     assert not cache.exists()
     assert not (tmp_path / "out").exists()
 

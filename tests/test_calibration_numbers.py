@@ -152,12 +152,14 @@ def test_rows_that_poor_experts_are_shown_come_from_all_samples(cache: Path, tmp
             shown.append(x_MK)
             return x_MK
 
-    router = Router(Experts(Module(), "experts", ["experts.0.gate_proj"]), watch)
+    module = Module()
+    router = Router(Experts(module, "experts", ["experts.0.gate_proj"]), watch)
     some = Gathered(4, 1, torch.device("cpu"), hessian=False)
     some.add(torch.ones(ENOUGH - 8, 4), 0)
     watch.gathered |= {"experts": whole, "experts.0.gate_proj": some}
     router.finish()
     assert router.routed == [ENOUGH - 8]
+    assert not module._forward_pre_hooks, "a layer that is run again, quantized, is not watched"
     assert shown[0][:, 0].tolist() == [8 + 16 * i for i in range(8)]
 
 
@@ -191,3 +193,33 @@ def test_scales_of_whole_tensors_are_those_of_what_smoothing_left(cache: Path, t
             assert q.input_scale is not None
             assert float(q.input_scale) == pytest.approx(inputs / 448, rel=1e-6)
             assert float(q.scale) == pytest.approx(weights / 448, rel=1e-6)
+
+
+def test_layers_that_are_whole_but_of_another_record_are_not_taken(tmp_path: Path) -> None:
+    """A layer and its line in the journal exchanged together: each fits the other, and neither fits the record."""
+    store = LayerStore(tmp_path)
+    store.begin(0)
+    for layer in range(2):
+        store.add(layer, {"x": torch.tensor([float(layer)])}, {})
+    record = store.end({"key": "k"})
+    assert store.whole() == record
+    other = LayerStore(tmp_path / "other")
+    other.begin(0)
+    other.add(0, {"x": torch.tensor([7.0])}, {})
+    other.path(0).replace(store.path(0))
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()[1:]
+    mine = (tmp_path / "other" / "journal.jsonl").read_text().splitlines()
+    (tmp_path / "journal.jsonl").write_text("\n".join([*mine, *lines]) + "\n")
+    assert len(store.finished()) == 2 and store.whole() is None
+
+
+def test_evidence_of_statistics_and_of_solutions_stand_side_by_side(cache: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(
+        "description: both\nscheme: W4A16\nalgorithm: {name: gptq}\nkv_cache: fp8\nignore: [lm_head]\n"
+        "engines: {vllm: ct-pack}\n"
+    )
+    out = make_artifact(DEMO_MODEL, str(recipe), tmp_path / "out")
+    evidence = json.loads((out / ".quantpub" / "calibration.json").read_text())
+    assert evidence["made_by"]["stage"] == "observe" and evidence["solved"]["made_by"]["stage"] == "solve"
+    assert evidence["key"] != evidence["solved"]["key"]

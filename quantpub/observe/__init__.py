@@ -11,19 +11,15 @@ input is on disk. Several processes under `torchrun` share the batches.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from quantpub.checkpoint import Checkpoint
-from quantpub.evidence import made_by
-from quantpub.forward import quiet_transformers
 from quantpub.layer_store import LayerStore
-from quantpub.memory import keep_freed_memory
 from quantpub.observe.layers import Seen, watched
-from quantpub.observe.passing import Pass, settings
+from quantpub.observe.passing import Pass, begun, settings
 from quantpub.observe.ranks import join
 from quantpub.samples import Request, identify, read_samples
 from quantpub.statistics import Statistics, folder_of, statistics_key
@@ -44,21 +40,12 @@ def observe(
     if found := Statistics.open(key):
         return found
     store = LayerStore(folder_of("observed", key))
-    with store.locked() if ranks.first else contextlib.nullcontext(), torch.inference_mode(), quiet_transformers():
-        keep_freed_memory()
-        samples = read_samples(request, checkpoint)
-        run = Pass(checkpoint, samples, store, ranks)
+    with begun(store, ranks):
+        run = Pass(checkpoint, read_samples(request, checkpoint), store, ranks)
         for layer in run.layers(progress):
             seen = watched(run.skeleton, layer, run.hidden, ranks, run.mine, run.batches, hessian=False, keep=True)
             run.store(layer, *described(seen))
-        record = {
-            "key": key,
-            "made_by": made_by("observe", settings(device), ("torch", "transformers")),
-            "data": samples.record,
-            "tokens": run.tokens,
-            "experts": run.experts,
-        }
-        return Statistics(store, run.end(record))
+        return Statistics(store, run.end(key, "observe"))
 
 
 def described(seen: Seen) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Experts get a number of tokens that differs from batch to batch, and oneDNN keeps a kernel for each number: 0.8 MB each.
 
 Rows are filled up to a multiple of STEP, so that there are few; what they give is cut off again. Measured on a model of 8
-experts: 1.0 GB less memory after six layers.
+experts: a peak of 519 MiB in place of 1081 after six layers.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from quantpub.checkpoint import Checkpoint
+from quantpub.evidence import made_by
+from quantpub.forward import quiet_transformers
 from quantpub.layer_store import LayerStore
-from quantpub.memory import give_back
+from quantpub.memory import give_back, keep_freed_memory
 from quantpub.observe.batches import cut
 from quantpub.observe.hidden import Hidden
 from quantpub.observe.ranks import Ranks
@@ -25,12 +28,21 @@ def settings(device: str) -> dict[str, Any]:
     return {"device": torch.device(device).type}
 
 
+@contextlib.contextmanager
+def begun(store: LayerStore, ranks: Ranks) -> Iterator[None]:
+    """What a pass goes on in: the store to itself, no gradients, no talk of others."""
+    lock = store.locked() if ranks.first else contextlib.nullcontext()
+    with lock, torch.inference_mode(), quiet_transformers():
+        keep_freed_memory()
+        yield
+
+
 class Pass:
     """skeleton: the model. hidden: what enters the present layer. mine: numbers of this process's batches."""
 
     def __init__(self, checkpoint: Checkpoint, samples: Samples, store: LayerStore, ranks: Ranks) -> None:
         """Errors: InputError when transformers does not build the model, UnavailableError for a full disk."""
-        self._store, self._ranks = store, ranks
+        self._store, self._ranks, self._data = store, ranks, samples.record
         folder = checkpoint.source.path("config.json").parent
         self.skeleton = Skeleton(checkpoint, folder, ranks.device)
         batches = cut(samples.rows, ranks.device)
@@ -85,8 +97,15 @@ class Pass:
     def _count(self, metadata: Mapping[str, Any]) -> None:
         self.experts |= metadata.get("experts", {})
 
-    def end(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def end(self, key: str, stage: str) -> dict[str, Any]:
         """The record, written; what was only there to go on from is gone."""
+        record = {
+            "key": key,
+            "made_by": made_by(stage, settings(self._ranks.device), ("torch", "transformers")),
+            "data": self._data,
+            "tokens": self.tokens,
+            "experts": self.experts,
+        }
         whole = self._store.end(record) if self._ranks.first else None
         self.hidden.remove()
         for path in self._store.folder.glob("hidden-*") if self._ranks.first else ():

@@ -6,7 +6,6 @@ enters the next. Hessians live as long as their layer.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,14 +16,11 @@ from quantpub.actions import Action
 from quantpub.algorithms.base import Algorithm
 from quantpub.calibrated import input_sets
 from quantpub.checkpoint import read_slice
-from quantpub.evidence import made_by
-from quantpub.forward import quiet_transformers
 from quantpub.fused import fused_amax
 from quantpub.gemms import LAYER
 from quantpub.layer_store import LayerStore
-from quantpub.memory import keep_freed_memory
 from quantpub.observe.layers import Seen, run, watched
-from quantpub.observe.passing import Pass, settings
+from quantpub.observe.passing import Pass, begun, settings
 from quantpub.observe.ranks import join
 from quantpub.plan import Plan
 from quantpub.qtensor import QTensor, dequantize
@@ -46,10 +42,8 @@ def solve(
     if found := Solved.open(key, plan.treatments):
         return found
     store = LayerStore(folder_of("solved", key))
-    with store.locked() if ranks.first else contextlib.nullcontext(), torch.inference_mode(), quiet_transformers():
-        keep_freed_memory()
-        samples = read_samples(request, plan.checkpoint)
-        going = Pass(plan.checkpoint, samples, store, ranks)
+    with begun(store, ranks):
+        going = Pass(plan.checkpoint, read_samples(request, plan.checkpoint), store, ranks)
         bound = [plan.recipe.bind(treatment.algorithm, treatment.scheme) for treatment in plan.treatments]
         amax, actions = fused_amax(plan), _by_layer(plan)
         one_scale = {member: members for members in input_sets(plan) for member in members}
@@ -62,14 +56,7 @@ def solve(
             _set(going, layer, {module: dequantize(q) for module, q in solved.items()})
             run(going.skeleton, layer, going.hidden)
             going.store(layer, _packed(plan, todo, solved), {"experts": seen.routed})
-        record = {
-            "key": key,
-            "made_by": made_by("solve", settings(device), ("torch", "transformers")),
-            "data": samples.record,
-            "tokens": going.tokens,
-            "experts": going.experts,
-        }
-        return Solved(store, going.end(record), plan.treatments)
+        return Solved(store, going.end(key, "solve"), plan.treatments)
 
 
 def _by_layer(plan: Plan) -> dict[int, list[Action]]:

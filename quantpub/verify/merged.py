@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantpub.activations import calibrated
 from quantpub.decode import Decoder
 from quantpub.gemms import EXPERT, fuse
 from quantpub.qtensor import QTensor, same_bits
@@ -34,7 +33,7 @@ def one_input(decoder: Decoder) -> list[tuple[str, ...]]:
     sets: dict[str, list[str]] = {}
     for name, members in fuse(shapes, family).items():
         for module in members:
-            if (act := acts[module]) is not None and calibrated(act):
+            if (act := acts[module]) is not None and act.calibrated:
                 sets.setdefault(EXPERT.sub(".experts.", name), []).append(module)
     return [tuple(members) for members in sets.values() if len(members) > 1]
 

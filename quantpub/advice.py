@@ -187,6 +187,16 @@ def _tile_limits(about: Case) -> str | None:
     )
 
 
+def _torchao_nvfp4(about: Case) -> str | None:
+    if "torchao-nvfp4" not in about.layouts:
+        return None
+    return (
+        "torchao dequantizes such a weight in every forward: memory is saved, and each forward is slower than in 16 bits. For "
+        "a server take ct-nvfp4 or modelopt-nvfp4, the same numbers. vLLM loads it for dense linears only, whose members it "
+        "merges at multiples of 128 rows."
+    )
+
+
 def _online(about: Case) -> str | None:
     flags = [ONLINE.get(scheme) for scheme in about.schemes]
     if len(flags) != 1 or not flags[0] or "vllm" not in about.engines:
@@ -210,7 +220,7 @@ def _int8_blackwell(about: Case) -> str | None:
 
 
 def _fp4_fallback(about: Case) -> str | None:
-    if not about.schemes & set(FP4):
+    if not about.schemes & set(FP4) or about.layouts == {"torchao-nvfp4"}:
         return None
     activations = " and activations stay in 16 bits" if "NVFP4" in about.schemes else ""
     return (
@@ -220,7 +230,7 @@ def _fp4_fallback(about: Case) -> str | None:
 
 
 def _int4_batch(about: Case) -> str | None:
-    if not about.schemes & set(INT4) or not about.layouts & {"ct-pack", "gptq", "awq"}:
+    if not about.schemes & set(INT4) or not about.layouts & {"ct-pack", "gptq", "gptq-v2", "awq"}:
         return None
     machete, marlin = pays_up_to("Machete"), pays_up_to("Marlin")
     return (
@@ -259,6 +269,7 @@ def _machete_zero(about: Case) -> str | None:
 NOTES: dict[str, Callable[[Case], str | None]] = {
     "tile-packed-batch": _tile_batch,
     "tile-packed-limits": _tile_limits,
+    "torchao-nvfp4": _torchao_nvfp4,
     "online-fp8": _online,
     "int8-blackwell": _int8_blackwell,
     "fp4-before-blackwell": _fp4_fallback,

@@ -34,7 +34,8 @@ _DIES = "no int8 kernel is compiled for Blackwell: the first forward dies (vLLM 
 OLD_GPU = "the engine asks for a newer GPU"
 NO_CPU = "no CPU kernel"
 NO_ROCM = "no ROCm kernel"
-_INT4_PACKED = ("ct-pack", "gptq", "awq")
+_INT8_PACKED = ("ct-pack", "gptq", "gptq-v2")
+_INT4_PACKED = (*_INT8_PACKED, "awq")
 FP4 = ("ct-nvfp4", "modelopt-nvfp4")
 
 
@@ -58,14 +59,14 @@ _VLLM_ROWS = (
     ),
     _vllm(
         _OLD,
-        ("ct-pack", "gptq"),
+        _INT8_PACKED,
         ("W8A16",),
         {"sm80 sm89": "AllSpark", "sm75 sm100 sm120": "Marlin", "sm90": "Machete"},
         {"cpu": NO_CPU},
     ),
     _vllm(
         _NEW,
-        ("ct-pack", "gptq"),
+        _INT8_PACKED,
         ("W8A16",),
         {"sm75 sm80 sm89 sm100 sm120": "Marlin", "sm90": "Machete"},
         {"cpu": NO_CPU},
@@ -106,6 +107,34 @@ _VLLM_ROWS = (
         ("modelopt-fp8",),
         ("FP8",),
         {"sm89 sm90": "CUTLASS FP8", "sm100 sm120": "FlashInfer FP8"},
+        {"sm75": OLD_GPU},
+    ),
+    _vllm(
+        _OLD,
+        ("modelopt-fp8-channel",),
+        ("FP8_DYNAMIC",),
+        {"sm89 sm90 sm100 sm120": "CUTLASS FP8"},
+        {"sm75 sm80": OLD_GPU},
+    ),
+    _vllm(
+        _NEW,
+        ("modelopt-fp8-channel",),
+        ("FP8_DYNAMIC",),
+        {"sm89 sm90 sm100 sm120": "CUTLASS FP8"},
+        {"sm75": OLD_GPU},
+    ),
+    _vllm(  # before DeepGEMM, which it would choose on sm90 and sm100, it does not prepare the weights
+        _OLD,
+        ("modelopt-fp8-block",),
+        ("FP8_BLOCK",),
+        {"sm89": "Triton FP8 blocks", "sm120": "CUTLASS FP8 blocks"},
+        {"sm75 sm80": OLD_GPU},
+    ),
+    _vllm(
+        _NEW,
+        ("modelopt-fp8-block",),
+        ("FP8_BLOCK",),
+        {"sm80 sm89": "Marlin FP8 W8A16", "sm90 sm100": "DeepGEMM", "sm120": "CUTLASS FP8 blocks"},
         {"sm75": OLD_GPU},
     ),
     *(

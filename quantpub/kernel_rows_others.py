@@ -1,4 +1,4 @@
-"""The rows of the kernel tables for SGLang, TensorRT-LLM and transformers, and of tile-packed int4 wherever it loads."""
+"""The rows of the kernel tables for SGLang, TensorRT-LLM and transformers, and of torchao's layouts wherever they load."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ _TILE_ROWS = tuple(
         ("vllm", "read: vLLM torchao.py", {"sm80 sm89 sm90": "tinygemm"}),
         ("transformers", "read: quantizer_torchao.py", {"sm80 sm89 sm90": "tinygemm"}),
     )
+)
+_DEQUANTIZED = "the model's own dtype, dequantized in every forward"
+_TORCHAO_ROWS = (
+    Row(
+        "vllm",
+        VERSIONS["vllm"],
+        ("torchao-nvfp4",),
+        ("NVFP4A16",),
+        "read: vLLM torchao.py; torchao nvfp4_tensor.py",
+        {CUDA: _DEQUANTIZED},
+        {},
+    ),
+    Row(
+        "transformers",
+        VERSIONS["transformers"],
+        ("torchao-nvfp4",),
+        ("NVFP4A16",),
+        "read: quantizer_torchao.py; torchao nvfp4_tensor.py",
+        {f"{CUDA} cpu": _DEQUANTIZED},
+        {},
+    ),
 )
 
 
@@ -40,6 +61,7 @@ _SGLANG_ROWS = (
         {"sm75": OLD_GPU, "rocm": NO_ROCM, "cpu": NO_CPU},
     ),
     _sglang(("gptq", "awq"), (*INT4, "W8A16"), {_MODERN: "Marlin"}, {}),
+    _sglang(("gptq-v2",), ("W4A16", "W8A16"), {_MODERN: "Marlin"}, {"cpu": "its AMX kernels refuse gptq_v2"}),
     _sglang(
         ("ct-int",),
         ("W8A8",),
@@ -95,8 +117,18 @@ def _trt(
 
 
 _TRT_ROWS = (
-    _trt(("ct-float",), "FP8_DYNAMIC", {"sm90": "fp8_rowwise_gemm"}, {"sm75 sm80 sm89 sm100 sm120": _MATRIX}),
-    _trt(("ct-float", "hf-fp8"), "FP8_BLOCK", {"sm90 sm100": "DeepGEMM"}, {"sm75 sm80 sm89": _MATRIX}),
+    _trt(
+        ("ct-float", "modelopt-fp8-channel"),
+        "FP8_DYNAMIC",
+        {"sm90": "fp8_rowwise_gemm"},
+        {"sm75 sm80 sm89 sm100 sm120": _MATRIX},
+    ),
+    _trt(
+        ("ct-float", "hf-fp8", "modelopt-fp8-block"),
+        "FP8_BLOCK",
+        {"sm90 sm100": "DeepGEMM"},
+        {"sm75 sm80 sm89": _MATRIX},
+    ),
     _trt(("modelopt-fp8",), "FP8", {"sm89 sm90 sm100 sm120": "cuBLAS scaled_mm"}, {"sm75 sm80": _MATRIX}),
     _trt(("modelopt-nvfp4",), "NVFP4", {"sm100 sm120": "nvfp4_gemm"}, {"sm75 sm80 sm89": _MATRIX}),
     _trt(
@@ -131,7 +163,7 @@ _HF_ROWS = (
     Row(
         "transformers",
         VERSIONS["transformers"],
-        ("gptq", "awq"),
+        ("gptq", "gptq-v2", "awq"),
         (*INT4, "W8A16"),
         "read: quantizer_gptq.py and quantizer_awq.py",
         {CUDA: "gptqmodel's choice"},
@@ -166,4 +198,4 @@ _EXPERT_ROWS = (
         experts=True,
     ),
 )
-OTHER_ROWS = (*_TILE_ROWS, *_SGLANG_ROWS, *_TRT_ROWS, *_HF_ROWS, *_EXPERT_ROWS)
+OTHER_ROWS = (*_TILE_ROWS, *_TORCHAO_ROWS, *_SGLANG_ROWS, *_TRT_ROWS, *_HF_ROWS, *_EXPERT_ROWS)

@@ -91,7 +91,12 @@ def _transformers(checkpoint: str, layout: str, scheme: str, evidence: str, expe
     return Seen("transformers", version, machine, layout, scheme, checkpoint, evidence, experts)
 
 
-_PARTNERS, _OTHERS, _LOG = "tests/test_partners.py", "tests/test_layouts_others.py", "docs/log.md"
+_PARTNERS, _OTHERS, _PEERS, _LOG = (
+    "tests/test_partners.py",
+    "tests/test_layouts_others.py",
+    "tests/test_layouts_peers.py",
+    "docs/log.md",
+)
 SEEN = (
     _vllm("w4a16", "ct-pack", "W4A16", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
     _vllm("w4a16-asym", "ct-pack", "W4A16_ASYM", "Machete", "Using MacheteLinearKernel for CompressedTensorsWNA16"),
@@ -125,6 +130,7 @@ SEEN = (
     _transformers("mxfp4-ct-mxfp4", "ct-mxfp4", "MXFP4A16", _PARTNERS),
     _transformers("fp8-block-hf-fp8", "hf-fp8", "FP8_BLOCK", _OTHERS),
     _transformers("int4-hqq-tile-torchao-tile", "torchao-tile", "W4A16_FLOAT_ZERO", _TORCHAO),
+    _transformers("nvfp4a16-torchao-nvfp4", "torchao-nvfp4", "NVFP4A16", _PEERS),
     *(_transformers("w4a16-ct-pack", "ct-pack", "W4A16", _LOG, experts) for experts in (False, True)),
     *(_transformers("fp8-dynamic-ct-float", "ct-float", "FP8_DYNAMIC", _LOG, experts) for experts in (False, True)),
     *(_transformers("experts of hf-fp8", "hf-fp8", "FP8_BLOCK", _OTHERS, experts) for experts in (False, True)),

@@ -62,11 +62,15 @@ _HF = "5.17 – 5.23"
 _TRT = "main, mid-2026"
 _BOTH_FP4 = ("NVFP4", "NVFP4A16")
 _SYMMETRIC = ("W4A16", "W8A16")
+_TORCHAO_EXPERTS = "vLLM's torchao loader takes linear layers only, neither experts nor lm_head"
 _NO_TORCHAO = Refuses(
     "torchao was removed from SGLang", "read: SGLang issue 34295 and pull request 34304; no torchao in 0.5.23"
 )
+_NO_MODELOPT = Refuses("transformers does not know ModelOpt's quant_method", "read: transformers quantizers/auto.py")
+_SGLANG_MODELOPT = "read: SGLang 0.5.23, modelopt_quant.py: as quant_algo of a whole checkpoint FP8 and FP4 only"
+_MODELOPT_EXPERTS = "vLLM's ModelOpt loader knows FP8 experts with a scale a tensor only"
+_HF_TORCHAO_EXPERTS = "transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys"
 _NOT_READ = "its PyTorch backend does not know this quant_method"
-_AUTO = "read: transformers quantizers/auto.py"
 
 TARGETS = {
     "vllm": Target(
@@ -87,13 +91,25 @@ TARGETS = {
             "ct-mxfp4": Loads(_VLLM, _READ_VLLM + ", the W4A4Mxfp4 scheme", ("MXFP4A16",)),
             "hf-fp8": Loads(_VLLM, _READ_VLLM + ", fp8.py"),
             "modelopt-fp8": Loads(_VLLM, "read: vLLM 0.25.1 and 0.33.0, modelopt.py", ("FP8",)),
+            "modelopt-fp8-channel": Loads(
+                _VLLM, _READ_VLLM + ", modelopt.py", ("FP8_DYNAMIC",), experts=_MODELOPT_EXPERTS
+            ),
+            "modelopt-fp8-block": Loads(
+                _VLLM,
+                _READ_VLLM + ", modelopt.py; 0.25.1 does not prepare the weights for DeepGEMM",
+                ("FP8_BLOCK",),
+                experts=_MODELOPT_EXPERTS,
+            ),
             "modelopt-nvfp4": Loads(_VLLM, _READ_VLLM + ", modelopt.py", _BOTH_FP4),
             "gptq": Loads(_VLLM, _READ_VLLM + ", auto_gptq.py: symmetric only", _SYMMETRIC),
+            "gptq-v2": Loads(_VLLM, _READ_VLLM + ", auto_gptq.py: symmetric only, and read as version 1", _SYMMETRIC),
             "awq": Loads(_VLLM, _READ_VLLM + ", auto_awq.py"),
-            "torchao-tile": Loads(
+            "torchao-tile": Loads(_VLLM, _READ_VLLM + ", torchao.py", experts=_TORCHAO_EXPERTS, needs=("torchao",)),
+            "torchao-nvfp4": Loads(
                 _VLLM,
-                _READ_VLLM + ", torchao.py",
-                experts="vLLM's torchao loader takes linear layers only, neither experts nor lm_head",
+                _READ_VLLM + ", torchao.py; merged weights are cut between tiles of 128 rows",
+                ("NVFP4A16",),
+                experts=_TORCHAO_EXPERTS,
                 needs=("torchao",),
             ),
             "bnb-int8": Loads(
@@ -120,6 +136,11 @@ TARGETS = {
             "modelopt-fp8": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", ("FP8",)),
             "modelopt-nvfp4": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", _BOTH_FP4),
             "gptq": Loads("0.5.23", "read: SGLang 0.5.23, gptq/gptq.py: symmetric only", _SYMMETRIC),
+            "gptq-v2": Loads(
+                "0.5.23",
+                "read: SGLang 0.5.23, gptq/gptq.py: symmetric only, and read as version 1",
+                _SYMMETRIC,
+            ),
             "awq": Loads("0.5.23", "read: SGLang 0.5.23, awq/awq.py"),
             "bnb-int8": Loads(
                 "0.5.23", "read: SGLang 0.5.23, model_loader/loader.py: one GPU only", needs=("bitsandbytes",)
@@ -127,7 +148,16 @@ TARGETS = {
         },
         {
             "ct-mxfp4": Refuses("no scheme for dense MXFP4 weights", _CT_SGLANG),
+            "modelopt-fp8-channel": Refuses(
+                "its ModelOpt loader knows FP8 with a scale a tensor only: take ct-float, the same numbers",
+                _SGLANG_MODELOPT,
+            ),
+            "modelopt-fp8-block": Refuses(
+                "its ModelOpt loader knows FP8 with a scale a tensor only: take hf-fp8, the same numbers",
+                _SGLANG_MODELOPT,
+            ),
             "torchao-tile": _NO_TORCHAO,
+            "torchao-nvfp4": _NO_TORCHAO,
         },
     ),
     "tensorrt-llm": Target(
@@ -136,6 +166,14 @@ TARGETS = {
             "ct-float": Loads(_TRT, _CT_TRT + ": no scale of a whole tensor", ("FP8_DYNAMIC", "FP8_BLOCK")),
             "hf-fp8": Loads(_TRT, "read: TensorRT-LLM _torch/model_config.py", ("FP8_BLOCK",)),
             "modelopt-fp8": Loads(_TRT, "read: TensorRT-LLM _torch/modules/linear.py", ("FP8",)),
+            "modelopt-fp8-channel": Loads(
+                _TRT, "read: TensorRT-LLM _torch/modules/linear.py, FP8RowwiseLinearMethod", ("FP8_DYNAMIC",)
+            ),
+            "modelopt-fp8-block": Loads(
+                _TRT,
+                "read: TensorRT-LLM _torch/model_config.py, which takes fp8_pb_wo for FP8_BLOCK_SCALES",
+                ("FP8_BLOCK",),
+            ),
             "modelopt-nvfp4": Loads(
                 _TRT,
                 "read: TensorRT-LLM _torch/modules/linear.py; NVFP4A16 by pull requests 13476 and 16511",
@@ -151,10 +189,12 @@ TARGETS = {
             ),
             "ct-mxfp4": Refuses("it reads the format of the activations, and weight-only MXFP4 has none", _CT_TRT),
             "gptq": Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026"),
+            "gptq-v2": Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026"),
             "awq": Refuses(
                 _NOT_READ + "; of AWQ it reads ModelOpt's W4A16_AWQ", "read: TensorRT-LLM _torch/model_config.py"
             ),
             "torchao-tile": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
+            "torchao-nvfp4": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
             "bnb-int8": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
         },
     ),
@@ -180,12 +220,21 @@ TARGETS = {
                 needs=("accelerate", "kernels"),
             ),
             "gptq": Loads(_HF, "read: quantizer_gptq.py", needs=("optimum", "gptqmodel")),
+            "gptq-v2": Loads(
+                _HF, "read: quantizer_gptq.py; gptqmodel knows the version", needs=("optimum", "gptqmodel")
+            ),
             "awq": Loads(_HF, "read: quantizer_awq.py", needs=("gptqmodel", "accelerate")),
             "torchao-tile": Loads(
                 _HF,
                 "read: quantizer_torchao.py; opened as torchao's own tensors",
                 needs=("torchao",),
-                experts="transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys",
+                experts=_HF_TORCHAO_EXPERTS,
+            ),
+            "torchao-nvfp4": Loads(
+                _HF,
+                "read: quantizer_torchao.py; opened as torchao's own tensors",
+                needs=("torchao",),
+                experts=_HF_TORCHAO_EXPERTS,
             ),
             "bnb-int8": Loads(
                 _HF,
@@ -195,8 +244,10 @@ TARGETS = {
             ),
         },
         {
-            "modelopt-fp8": Refuses("transformers does not know ModelOpt's quant_method", _AUTO),
-            "modelopt-nvfp4": Refuses("transformers does not know ModelOpt's quant_method", _AUTO),
+            "modelopt-fp8": _NO_MODELOPT,
+            "modelopt-fp8-channel": _NO_MODELOPT,
+            "modelopt-fp8-block": _NO_MODELOPT,
+            "modelopt-nvfp4": _NO_MODELOPT,
         },
         # seen with 5.23: integrations/compressed_tensors.py, get_dense_scheme
         mixed="it decompresses every dense layer by the first group of the config",

@@ -20,10 +20,14 @@ MULTIPLES = {
     ("ct-mxfp4", "MXFP4A16"): (1, 32),
     ("hf-fp8", "FP8_BLOCK"): (128, 128),
     ("modelopt-fp8", "FP8"): (1, 1),
+    ("modelopt-fp8-channel", "FP8_DYNAMIC"): (1, 1),
+    ("modelopt-fp8-block", "FP8_BLOCK"): (128, 128),
     ("modelopt-nvfp4", "NVFP4A16"): (1, 16),
     ("gptq", "W4A16"): (8, 128),
+    ("gptq-v2", "W4A16_ASYM"): (8, 128),
     ("awq", "W4A16_ASYM"): (8, 128),
     ("torchao-tile", "W4A16_FLOAT_ZERO"): (8, 1024),
+    ("torchao-nvfp4", "NVFP4A16"): (128, 64),
     ("bnb-int8", "LLM_INT8"): None,
 }
 

@@ -24,12 +24,16 @@ from quantpub.verify.run import verify
 
 # Layouts that hold a recipe's weights beside those that its engines are given. fp8-block as ct-float wants K > 128.
 BESIDE = {
-    "w4a16": ("gptq", "awq", "torchao-tile"),
-    "w4a16-rtn": ("gptq", "awq", "torchao-tile"),
-    "w4a16-gptq": ("gptq", "awq", "torchao-tile"),
-    "w4a16-asym": ("awq",),
-    "w4a16-hqq": ("awq",),
-    "w8a16": ("gptq",),
+    "w4a16": ("gptq", "gptq-v2", "awq", "torchao-tile"),
+    "w4a16-rtn": ("gptq", "gptq-v2", "awq", "torchao-tile"),
+    "w4a16-gptq": ("gptq", "gptq-v2", "awq", "torchao-tile"),
+    "w4a16-asym": ("gptq-v2", "awq"),
+    "w4a16-hqq": ("gptq-v2", "awq"),
+    "w8a16": ("gptq", "gptq-v2"),
+    "fp8-dynamic": ("modelopt-fp8-channel",),
+    "fp8-dynamic-kv": ("modelopt-fp8-channel",),
+    "fp8-dynamic-search": ("modelopt-fp8-channel",),
+    "nvfp4a16": ("torchao-nvfp4",),
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 PAIRS = [

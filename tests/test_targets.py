@@ -73,6 +73,13 @@ def test_an_engine_loads_no_scheme_that_its_layout_cannot_hold() -> None:
         ("tensorrt-llm", "ct-nvfp4", "NVFP4", "take modelopt-nvfp4"),
         ("sglang", "torchao-tile", "W4A16_FLOAT_ZERO", "torchao was removed"),
         ("transformers", "modelopt-nvfp4", "NVFP4", "does not know ModelOpt"),
+        ("vllm", "gptq-v2", "W4A16", None),
+        ("vllm", "gptq-v2", "W4A16_ASYM", "loads gptq-v2 for W4A16, W8A16 only, not for W4A16_ASYM"),
+        ("transformers", "gptq-v2", "W4A16_ASYM", None),
+        ("sglang", "modelopt-fp8-channel", "FP8_DYNAMIC", "take ct-float"),
+        ("sglang", "modelopt-fp8-block", "FP8_BLOCK", "take hf-fp8"),
+        ("tensorrt-llm", "modelopt-fp8-block", "FP8_BLOCK", None),
+        ("sglang", "torchao-nvfp4", "NVFP4A16", "torchao was removed"),
         ("vllm", "no-such-layout", "W4A16", UNKNOWN),
     ],
 )
@@ -85,6 +92,8 @@ def test_experts_are_refused_where_a_loader_skips_them() -> None:
     assert unloadable("vllm", "torchao-tile", "W4A16_FLOAT_ZERO") is None
     assert "neither experts nor lm_head" in str(unloadable("vllm", "torchao-tile", "W4A16_FLOAT_ZERO", experts=True))
     assert "NPU" in str(unloadable("sglang", "ct-int", "W8A8", experts=True))
+    assert "a scale a tensor only" in str(unloadable("vllm", "modelopt-fp8-block", "FP8_BLOCK", experts=True))
+    assert unloadable("vllm", "gptq-v2", "W4A16", experts=True) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -226,6 +235,9 @@ def test_a_mixture_was_seen_where_one_checkpoint_held_it() -> None:
         (("vllm", "0.25.1", "ct-mxfp4", "MXFP4A16", "sm100"), "FlashInfer MXFP4 W4A4"),
         (("vllm", "0.33.0", "torchao-tile", "W4A16_FLOAT_ZERO", "sm100"), UNKNOWN),
         (("sglang", "0.5.23", "ct-float", "FP8", "sm100"), UNKNOWN),
+        (("vllm", "0.25.1", "modelopt-fp8-block", "FP8_BLOCK", "sm90"), UNKNOWN),
+        (("vllm", "0.33.0", "modelopt-fp8-block", "FP8_BLOCK", "sm90"), "DeepGEMM"),
+        (("sglang", "0.5.23", "gptq-v2", "W4A16", "cpu"), "refused: its AMX kernels refuse gptq_v2"),
     ],
 )
 def test_kernels_by_hand(cell: tuple[str, str, str, str, str], words: str) -> None:
@@ -327,6 +339,9 @@ def about(layout: str, scheme: str, *engines: str, algorithm: str = "rtn", tuned
         ("torchao-tile", "W4A16_FLOAT_ZERO", {"tile-packed-batch", "tile-packed-limits"}),
         ("ct-pack", "W4A16", {"int4-large-batch"}),
         ("gptq", "W4A16", {"int4-large-batch"}),
+        ("gptq-v2", "W4A16", {"int4-large-batch"}),
+        ("modelopt-fp8-channel", "FP8_DYNAMIC", {"online-fp8"}),
+        ("torchao-nvfp4", "NVFP4A16", {"torchao-nvfp4"}),
         ("ct-pack", "W4A16_ASYM", {"int4-large-batch", "machete-zero"}),
         ("ct-pack", "W8A16", set()),
         ("ct-float", "FP8_DYNAMIC", {"online-fp8"}),

@@ -190,6 +190,7 @@ def ct_mxfp4(ask: Ask, hearing: Hearing) -> Any:
 ROUTES: dict[str, tuple[Route, str]] = {
     "ct-pack": (ct_pack, ""),
     "gptq": (gptq, ""),
+    "gptq-v2": (gptq, ""),
     "awq": (awq, ""),
     "ct-int": (ct_int, "INT8"),
     "ct-float": (ct_float, "FP8"),

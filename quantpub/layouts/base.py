@@ -27,6 +27,10 @@ def no_files(config: Config) -> dict[str, Config]:
     return {}
 
 
+def itself(q: QTensor) -> QTensor:
+    return q
+
+
 @dataclass(frozen=True)
 class KvCache:
     """How a layout says that keys and values are kept in FP8, with one multiplier of each for an attention.
@@ -49,7 +53,8 @@ class InputScale:
 
 @dataclass(frozen=True)
 class Layout:
-    """name; kind: `checkpoint` (an engine loads it) or `kernel` (a kernel eats it). method: `quant_method` of the config.
+    """name; kind: `checkpoint` (an engine loads it), `kernel` (a kernel eats it) or `peer` (another tool's: read, never
+    written). method: `quant_method` of the config.
 
     reject(scheme, n, k, dtype) → why this weight cannot be written so, or None: reject or exact, never neither. dtype: the
     weight's own in the source, in safetensors' words.
@@ -61,6 +66,8 @@ class Layout:
     metadata(quantized modules, other tensors) → entries of every shard's safetensors header.
     files(quantization_config) → other JSON files that this layout wants beside config.json.
     input_scale: of schemes with calibrated activations. kv_cache: None where the layout has no place for its scales.
+    nearest(q) → the nearest weight that `pack` is exact for. Itself for what quantpub makes: other tools choose numbers that
+    a layout may not be able to write to the last bit.
     """
 
     name: str
@@ -77,6 +84,26 @@ class Layout:
     files: Callable[[Config], dict[str, Config]] = no_files
     input_scale: InputScale | None = None
     kv_cache: KvCache | None = None
+    nearest: Callable[[QTensor], QTensor] = itself
+
+
+def peer(
+    name: str,
+    method: str,
+    reject: Callable[[Scheme, int, int, str], str | None],
+    spec: Callable[[Scheme, int, int, str], Spec],
+    pack: Callable[[QTensor], Tensors],
+    unpack: Callable[[Mapping[str, torch.Tensor], Scheme, tuple[int, int]], QTensor],
+) -> Layout:
+    """A layout in which other tools keep weights: it is read and never written, so that it has no configuration."""
+
+    def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
+        raise AssertionError(f"{name} is what other tools write: it is read only, so nothing declares it")
+
+    def tp_multiple(scheme: Scheme) -> None:
+        return None
+
+    return Layout(name, "peer", method, reject, spec, pack, unpack, config, tp_multiple)
 
 
 def reject_integers(

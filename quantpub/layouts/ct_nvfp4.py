@@ -81,14 +81,38 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int
 
 
 def _divisor(multiplier: torch.Tensor) -> torch.Tensor:
-    """1 / multiplier, float32 [1], from which the multiplier comes back."""
-    divisor = multiplier.reshape(1).reciprocal()
-    assert torch.equal(_multiplier(divisor), multiplier.reshape(())), f"1/(1/x) is not x for {multiplier}"
-    return divisor
+    """A float32 [1] from which the multiplier comes back: 1/x or a neighbour of it; `representable` says when there is none."""
+    found = _divisors(multiplier)
+    fitting = found[_multiplier(found) == multiplier.reshape(())]
+    assert len(fitting), f"no float32 has the reciprocal {multiplier.item()}"
+    return fitting[:1]
+
+
+def _divisors(multiplier: torch.Tensor) -> torch.Tensor:
+    """1/x and its neighbours, float32 [3]."""
+    near = multiplier.reshape(1).reciprocal()
+    return torch.cat(
+        (near, torch.nextafter(near, torch.zeros_like(near)), torch.nextafter(near, torch.full_like(near, torch.inf)))
+    )
+
+
+def representable(q: QTensor) -> QTensor:
+    """The nearest weight whose global scales are reciprocals of float32 numbers: at most 2^-23 away, and mostly itself.
+
+    Of powers of two, which quantpub makes, all are. Other tools state any multiplier.
+    """
+    assert q.global_scale is not None
+    inputs = None if q.input_scale is None else _nearest(q.input_scale)
+    return replace(q, global_scale=_nearest(q.global_scale), input_scale=inputs)
+
+
+def _nearest(multiplier: torch.Tensor) -> torch.Tensor:
+    reached = _multiplier(_divisors(multiplier))
+    return reached[(reached.double() - multiplier.double()).abs().argmin()].reshape(())
 
 
 def _multiplier(divisor: torch.Tensor) -> torch.Tensor:
-    return divisor.reshape(()).reciprocal()
+    return divisor.reciprocal() if divisor.numel() > 1 else divisor.reshape(()).reciprocal()
 
 
 def group(scheme: Scheme) -> Config:
@@ -120,4 +144,5 @@ LAYOUT = Layout(
     group,
     input_scale=INPUT_SCALE,
     kv_cache=CT_KV_CACHE,
+    nearest=representable,
 )

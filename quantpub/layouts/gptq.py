@@ -1,80 +1,42 @@
-"""GPTQ v1 (`checkpoint_format: gptq`): int4 or int8 codes in int32 words along K, for GPTQModel, vLLM and SGLang.
+"""GPTQ, versions 1 and 2: int4 or int8 codes in int32 words along K, for GPTQModel, vLLM and SGLang.
 
-Legend: b bits, W = 32 / b codes a word, g columns a group, G groups. Per module:
-    qweight   int32 [K/W, N]   element k in bits b·(k mod W) … of word k/W, stored as code + 2^(b−1)
-    scales    model dtype [G, N]
-    qzeros    int32 [G, N/W]   zero − 1 of every column, packed along N: 0x77777777 or 0x7f7f7f7f, as all is symmetric
-    g_idx     int32 [K]        the group of column k: k / g, for there is no act order
-Integer zeros are refused. Version 1 stores zero − 1, so that of 16 zeros it holds 15, and the engines' fast kernels take
-symmetric weights only. A scale may be negative: kernels multiply by it as by any number.
+The tensors are those of `gptq_words`, with g_idx = k / g: there is no act order.
+
+    gptq      version 1, `checkpoint_format: gptq`: qzeros hold zero − 1, 0x77777777 or 0x7f7f7f7f where all is symmetric
+    gptq-v2   version 2, `checkpoint_format: gptq_v2`: qzeros hold the zero, 0x88888888 or 0x80808080 where symmetric
+
+Version 1 refuses integer zeros: of 16 it holds 15. Version 2 holds each, for GPTQModel and through it transformers; the
+engines' fast kernels take symmetric weights only, and for these look at no zeros and at no version. A scale may be
+negative: kernels multiply by it as by any number.
 Source: GPTQModel's BaseQuantLinear and its conversion of version 1 to version 2.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
-
-from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
-from quantpub.layouts.words import pack_bytes, pack_words, unpack_bytes, unpack_words
-from quantpub.qtensor import QTensor
+from quantpub.layouts.base import Config, Layout, reject_integers
+from quantpub.layouts.gptq_words import ANY_ZERO, SYMMETRIC, Words, reject_shape, tp_multiple
 from quantpub.scheme import WHOLE, Scheme
 
 METHOD = "gptq"
 GROUPS = (WHOLE, 32, 64, 128)  # vLLM refuses a checkpoint of any other
 DTYPES = ("BF16", "F16")
-PACK = {4: pack_words, 8: pack_bytes}
-UNPACK = {4: unpack_words, 8: unpack_bytes}
-QZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}  # version 1's words for a zero in the middle
-KINDS = {("int4", "none"), ("int8", "none")}
-
-
-def _word(scheme: Scheme) -> int:
-    """Codes in an int32."""
-    return 32 // scheme.weight.number.bits
 
 
 def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
     if scheme.weight.zero_domain != "none":
         return f"gptq version 1 cannot store every zero of {scheme.name}, and engines read its symmetric weights only"
-    if reason := reject_integers("gptq", scheme, dtype, KINDS, DTYPES, GROUPS):
-        return reason
-    if k % _word(scheme) or n % _word(scheme):
-        return f"shape [{n}, {k}] is not made of multiples of {_word(scheme)}, the codes of one packed word"
-    return reject_rest(k, scheme.group_size)
+    return reject_integers("gptq", scheme, dtype, SYMMETRIC, DTYPES, GROUPS) or reject_shape(scheme, n, k)
 
 
-def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:
-    word, groups = _word(scheme), scheme.weight.scale_shape(n, k)[1]
-    return {
-        "qweight": ("I32", (k // word, n)),
-        "scales": (dtype, (groups, n)),
-        "qzeros": ("I32", (groups, n // word)),
-        "g_idx": ("I32", (k,)),
-    }
+def reject_v2(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
+    return reject_integers("gptq-v2", scheme, dtype, ANY_ZERO, DTYPES, GROUPS) or reject_shape(scheme, n, k)
 
 
-def pack(q: QTensor) -> Tensors:
-    (n, k), bits = q.shape, q.scheme.weight.number.bits
-    words_NW, device = PACK[bits](q.codes_NK), q.codes_NK.device
-    groups = q.scale.shape[1]
-    return {
-        "qweight": words_NW.T.contiguous(),
-        "scales": q.scale.T.contiguous(),
-        "qzeros": torch.full((groups, n * bits // 32), QZEROS[bits], dtype=torch.int32, device=device),
-        "g_idx": torch.arange(k, dtype=torch.int32, device=device) // (k // groups),
-    }
-
-
-def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    codes_NK = UNPACK[scheme.weight.number.bits](tensors["qweight"].T.contiguous())
-    return QTensor(scheme, codes_NK, tensors["scales"].T.contiguous())
-
-
-def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
+def config(scheme: Scheme, ignore: Sequence[str], version: str = "gptq") -> Config:
     """`dynamic` names each Linear in high precision for GPTQModel, which matches from the start of a name: hence `$`.
 
     vLLM does the same with names of merged modules, and beyond that goes by the dtypes that the checkpoint holds.
@@ -84,9 +46,9 @@ def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
         "bits": scheme.weight.number.bits,
         "group_size": scheme.group_size,
         "desc_act": False,
-        "sym": True,
+        "sym": scheme.weight.zero_domain == "none",
         "lm_head": False,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": version,
         "pack_dtype": "int32",
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in ignore},
     }
@@ -97,10 +59,21 @@ def files(config: Config) -> dict[str, Config]:
     return {"quantize_config.json": config}
 
 
-def tp_multiple(scheme: Scheme) -> tuple[int, int]:
-    """Whole words along both sides, and whole groups."""
-    word = _word(scheme)
-    return word, word if scheme.group_size == WHOLE else math.lcm(word, scheme.group_size)
+def _layout(name: str, words: Words, reject: Callable[[Scheme, int, int, str], str | None], version: str) -> Layout:
+    return Layout(
+        name,
+        "checkpoint",
+        METHOD,
+        reject,
+        words.spec,
+        words.pack,
+        words.unpack,
+        partial(config, version=version),
+        tp_multiple,
+        files=files,
+    )
 
 
-LAYOUT = Layout("gptq", "checkpoint", METHOD, reject, spec, pack, unpack, config, tp_multiple, files=files)
+LAYOUT = _layout("gptq", Words(less=1), reject, "gptq")
+V2 = _layout("gptq-v2", Words(less=0), reject_v2, "gptq_v2")
+pack, unpack, spec = LAYOUT.pack, LAYOUT.unpack, LAYOUT.spec

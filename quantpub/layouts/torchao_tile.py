@@ -5,8 +5,6 @@ Legend: N' = N up to 8, K' = K up to 1024, g columns a group. Codes are stored u
                              the lowest, columns k, k+8, k+16, k+24, k+1, k+9, k+17, k+25 of k = 128j + 32m + 2(lane mod 4)
     _weight_scale_and_zero   bf16 [K'/g, N', 2]            (s, z): w = (c − 8)·s + z
 Padding is what torchao makes of a weight of zeros: c = 0 with s = bf16(1/20000) and z = 8s, which stands for exactly 0.
-The safetensors header of every shard names the class and the shape of every weight of the whole model: loaders merge
-the headers of all shards, and the list of names of the last one read stands for all.
 The lanes are those of CUDA's: on ROCm a tensor of the same shape means something else.
 Sources: torchao's Int4TilePackedTo4dTensor and its safetensors_support; PyTorch's _convert_weight_to_int4pack.
 """
@@ -18,12 +16,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.functional import pad
 
+from quantpub.layouts import torchao_parts
 from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors, reject_integers, reject_rest
 from quantpub.layouts.words import in_blocks
 from quantpub.qtensor import QTensor
 from quantpub.scheme import Scheme
 
-METHOD = "torchao"
 CLASS = "Int4TilePackedTo4dTensor"
 GROUPS = (32, 64, 128, 256)
 ROWS, COLUMNS, TILE = 8, 1024, 128  # what sides are padded to; columns of a tile
@@ -110,21 +108,12 @@ def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
         "int4_choose_qparams_algorithm": {"_type": "Int4ChooseQParamsAlgorithm", "_data": "HQQ"},
         "int4_tile_packed_ntile": ROWS,
     }
-    return {
-        "quant_method": METHOD,
-        "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": quantization}},
-        "modules_to_not_convert": list(ignore),
-        "include_input_output_embeddings": False,
-        "untie_embedding_weights": False,
-    }
+    return torchao_parts.config("Int4WeightOnlyConfig", 2, quantization, ignore)
 
 
 def header(modules: Modules, copied: Sequence[str]) -> dict[str, str]:
     """The entries of every shard's header: of quantized modules with scheme and shape, and of other tensors' names."""
-    weights = {f"{module}.weight": _class(scheme, shape) for module, (scheme, shape) in modules.items()}
-    entries = weights | dict.fromkeys(copied, '{"_type": "Tensor"}')
-    assert not any(c in name for name in entries for c in '"\\'), "names of tensors need no escapes in JSON"
-    return entries | {"tensor_names": "[" + ", ".join(f'"{name}"' for name in entries) + "]"}
+    return torchao_parts.header({module: _class(*found) for module, found in modules.items()}, copied)
 
 
 def _class(scheme: Scheme, shape: tuple[int, int]) -> str:
@@ -140,7 +129,7 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
 LAYOUT = Layout(
     "torchao-tile",
     "checkpoint",
-    METHOD,
+    torchao_parts.METHOD,
     reject,
     spec,
     pack,

@@ -57,6 +57,16 @@ def unpack_bytes(words_RW: torch.Tensor) -> torch.Tensor:
     return _as(words_RW, torch.int8) ^ -128
 
 
+PACK = {4: pack_words, 8: pack_bytes}
+UNPACK = {4: unpack_words, 8: unpack_bytes}
+
+
+def shifted(codes: torch.Tensor, by: int, bits: int) -> torch.Tensor:
+    """codes + by as int8, around the end of the 2^bits codes −2^(bits−1) … 2^(bits−1) − 1."""
+    half = 1 << bits - 1
+    return (((codes.to(torch.int16) + half + by) & (2 * half - 1)) - half).to(torch.int8)
+
+
 def pack_nibbles(codes_RC: torch.Tensor) -> torch.Tensor:
     """uint8 codes 0…15 [R, C], C even → uint8 [R, C/2], the even column in the low half."""
     return in_blocks(lambda part: part[:, ::2] | (part[:, 1::2] << 4), codes_RC)

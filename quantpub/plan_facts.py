@@ -8,15 +8,13 @@ from collections import Counter
 from typing import Any
 
 from quantpub import advice
-from quantpub.actions import QUANTIZE, Action
+from quantpub.actions import QUANTIZE
 from quantpub.checkpoint import INDEX
-from quantpub.gemms import fuse
 from quantpub.plan import Plan
 from quantpub.plan_engines import engines_of, merged_weights
 from quantpub.recipe import ignores
 from quantpub.shards import tensor_bytes
-
-TP_SIZES = (1, 2, 4, 8)
+from quantpub.tp_cut import tp_table
 
 
 def unmatched(plan: Plan) -> list[str]:
@@ -29,32 +27,15 @@ def unmatched(plan: Plan) -> list[str]:
 
 
 def tensor_parallel(plan: Plan) -> dict[int, str | None]:
-    """Size → the first reason why an engine cannot load it so, or None.
-
-    What an engine merges is cut member by member; on one GPU a member's rows must be whole blocks where others follow.
-    """
-    quantized = [action for action in plan.actions if action.kind == QUANTIZE]
-    sets = fuse(plan.shapes, plan.family).values()
-    followed = {member for members in sets for member in members[:-1]}
-    reasons = {}
-    for size in TP_SIZES:
-        found = (_cut(plan, action, size, action.module in followed) for action in quantized)
-        reasons[size] = next((reason for reason in found if reason), None)
-    return reasons
-
-
-def _cut(plan: Plan, action: Action, size: int, followed: bool) -> str | None:
-    assert action.treatment is not None
-    treatment, (n, k) = plan.treatments[action.treatment], action.part.info.shape
-    multiples = treatment.layout.tp_multiple(treatment.scheme)
-    if multiples is None:
-        return None if size == 1 else f"no engine cuts layout {treatment.layout.name}"
-    cut = plan.family.cut(action.module)
-    side, multiple, name = (k, multiples[1], "in") if cut == "in" else (n, multiples[0], "out")
-    parts = size if cut else 1
-    if (parts > 1 or (name == "out" and followed)) and (side % parts or side // parts % multiple):
-        return f"{action.module}: {side} {name}_features / {parts} is not a multiple of {multiple}"
-    return None
+    """Size → the first reason why an engine cannot load it so, or None."""
+    modules = {}
+    for action in plan.actions:
+        if action.kind == QUANTIZE:
+            assert action.treatment is not None
+            treatment, (n, k) = plan.treatments[action.treatment], action.part.info.shape
+            modules[action.module] = (treatment.scheme, treatment.layout, n, k)
+    table = tp_table(modules, plan.family, plan.checkpoint.config)
+    return {size: next(iter(reasons), None) for size, reasons in table.items()}
 
 
 def summary(plan: Plan) -> dict[str, Any]:

@@ -1,63 +1,12 @@
-"""What may never be published: code and pickles, links, secrets, and paths of the machine that made the artifact.
-
-Secrets and paths are looked for in the texts that quantpub or a user writes. Tokenizer files are data: a vocabulary may
-hold any string, a path or a key prefix among them, so they are not searched.
-"""
+"""What may never be published: code and pickles, links, secrets, and paths of the machine that made the artifact."""
 
 from __future__ import annotations
 
-import re
-from pathlib import PurePosixPath
-
-from quantpub.artifact import META, Artifact
+from quantpub.artifact import Artifact
+from quantpub.hygiene import CARD, bad_name, is_searched, secrets_in
 from quantpub.publish.headers import SUFFIX, header_problem, read_header
 
-CARD = "README.md"
-EXECUTED_ON_LOAD = frozenset(
-    {
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".pickle",
-        ".joblib",
-        ".dill",
-        ".npy",
-        ".npz",
-        ".h5",
-        ".hdf5",
-        ".keras",
-        ".py",
-        ".pyc",
-        ".sh",
-        ".so",
-        ".dll",
-        ".exe",
-    }
-)
-RESERVED_PARTS = frozenset({".git", ".cache"})  # the client refuses them
-RESERVED_NAMES = frozenset({".gitattributes", ".gitignore"})  # they decide at the Hub what is LFS and what is left out
-SEARCHED = frozenset(
-    {
-        CARD,
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "hf_quant_config.json",
-        "quantize_config.json",
-        "recipe.yaml",
-    }
-)
-TEXTS = frozenset({"", ".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".csv", ".svg", ".log"})
-
-_PATH = r"(?<![\w.~-])"  # not within a longer path or an address
-SECRETS = {
-    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
-    "an AWS access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
-    "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
-    "a local path": re.compile(rf"{_PATH}/(?:home|root|tmp|Users)/|\b[A-Za-z]:\\+Users\b"),
-}
+__all__ = ["CARD", "bad_name", "failed_gates", "refusals", "secrets_in"]
 
 
 def refusals(artifact: Artifact) -> list[str]:
@@ -83,16 +32,6 @@ def _links(artifact: Artifact) -> list[str]:
     return [f"{path.relative_to(artifact.path).as_posix()}: a symbolic link" for path in links]
 
 
-def bad_name(path: str) -> str | None:
-    """Why a file of this name is not published."""
-    parts = PurePosixPath(path)
-    if parts.suffix.lower() in EXECUTED_ON_LOAD:
-        return f"{parts.suffix.lower()} files can run code when they are loaded"
-    if parts.name in RESERVED_NAMES or RESERVED_PARTS & set(parts.parts):
-        return "the name is reserved by the Hub"
-    return None
-
-
 def _found_in(artifact: Artifact, path: str) -> list[str]:
     if not is_searched(path) or (artifact.path / path).is_symlink():
         return []
@@ -106,21 +45,6 @@ def _unreadable(artifact: Artifact, path: str) -> list[str]:
     source = artifact.path / path
     problem = header_problem(read_header(source), source.stat().st_size)
     return [f"{path}: {problem}"] if problem else []
-
-
-def is_searched(path: str) -> bool:
-    parts = PurePosixPath(path)
-    return path in SEARCHED or (parts.parts[0] == META and parts.suffix.lower() in TEXTS)
-
-
-def secrets_in(text: str) -> list[tuple[int, str]]:
-    """(line, kind) of everything that must not leave the machine. The finding itself is not repeated."""
-    return [
-        (number, kind)
-        for number, line in enumerate(text.splitlines(), 1)
-        for kind, pattern in SECRETS.items()
-        if pattern.search(line)
-    ]
 
 
 def failed_gates(artifact: Artifact) -> list[str]:

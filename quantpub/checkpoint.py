@@ -27,7 +27,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Small files that belong to a release, taken along byte for byte
 COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".vocab")
 COMPANION_PREFIXES = ("license", "licence", "notice", "use_policy")
-NOT_COMPANIONS = ("config.json", INDEX)
+# What tools write of a quantization beside config.json
+QUANT_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+NOT_COMPANIONS = ("config.json", INDEX, *QUANT_FILES)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     names = _shard_names(source)
     shards = {name: dict(sorted(source.header(name)[0].items(), key=lambda item: item[1].start)) for name in names}
     _check_index(source, shards)
-    companions = tuple(name for name in source.files if _is_companion(name))
+    companions = tuple(name for name in source.files if is_companion(name))
     taken = {*companions, *names, *NOT_COMPANIONS}
     return Checkpoint(source, config, shards, companions, tuple(name for name in source.files if name not in taken))
 
@@ -93,6 +95,19 @@ def open_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _config(source: Source) -> dict[str, Any]:
+    config = read_config(source)
+    _refuse_quantized(source, config)
+    if "auto_map" in config:
+        raise InputError(
+            "it asks for remote code (auto_map), which quantpub does not run",
+            where=source.where("config.json"),
+            next="use a checkpoint whose architecture transformers knows",
+        )
+    return config
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """config.json as it stands. Errors: InputError when there is none, or it is no JSON object."""
     where = source.where("config.json")
     if "config.json" not in source.files:
         raise InputError(
@@ -104,27 +119,18 @@ def _config(source: Source) -> dict[str, Any]:
         raise InputError(f"not valid JSON: {error}", where=where) from None
     if not isinstance(config, dict):
         raise InputError("not a JSON object", where=where)
-    _refuse_quantized(source, config)
-    if "auto_map" in config:
-        raise InputError(
-            "it asks for remote code (auto_map), which quantpub does not run",
-            where=where,
-            next="use a checkpoint whose architecture transformers knows",
-        )
     return config
 
 
 def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:
     declared = config.get("quantization_config") or config.get("compression_config")
-    others = [
-        name for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json") if name in source.files
-    ]
+    others = [name for name in QUANT_FILES if name in source.files]
     if declared or others:
         method = declared.get("quant_method", "unknown method") if isinstance(declared, dict) else others[0]
         raise InputError(
             f"the checkpoint is quantized already ({method})",
             where=source.where("config.json"),
-            next="start from the full-precision model it was made from",
+            next="start from the full-precision model it was made from; `quantpub repack` writes these weights in another layout",
         )
 
 
@@ -179,7 +185,7 @@ def _check_index(source: Source, shards: dict[str, dict[str, TensorInfo]]) -> No
         raise InputError(f"tensor {missing[0]} is not in {index[missing[0]]}", where=source.where(INDEX))
 
 
-def _is_companion(name: str) -> bool:
+def is_companion(name: str) -> bool:
     if "/" in name:
         return name.startswith("additional_chat_templates/") and name.endswith(".jinja")
     small = name.lower()
@@ -256,12 +262,12 @@ def _state(fd: int) -> tuple[int, int, int]:
 
 def read_slice(source: Source, part: Slice) -> torch.Tensor:
     """One tensor read on its own, in any order (checks and comparisons; quantizing reads a shard front to back)."""
-    raw, path = torch.empty(part.info.nbytes, dtype=torch.uint8), source.path(part.shard)
-    with read_errors(path), path.open("rb", buffering=0) as f:
-        f.seek(part.info.start)
-        view = memoryview(raw.numpy().data)
-        while view and (got := f.readinto(view)):
-            view = view[got:]
-    if view:
-        raise InputError("the shard is shorter than its header says", where=source.where(part.shard))
-    return raw.view(DTYPES[part.info.dtype]).view(part.info.shape)
+    return read_tensor(source, part.shard, part.info)
+
+
+def read_tensor(source: Source, shard: str, info: TensorInfo) -> torch.Tensor:
+    """As it stands in the file. Errors: InputError when the file is shorter than its header says."""
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    raw = torch.frombuffer(source.span(shard, info.start, info.nbytes), dtype=torch.uint8)
+    return raw.view(DTYPES[info.dtype]).view(info.shape)

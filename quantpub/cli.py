@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from quantpub import __version__, ending, env
+from quantpub.cli_repack import repack
 from quantpub.cli_speed import advise, profile
+from quantpub.cli_verify import verify
 from quantpub.errors import GateError, UsageError, closest
 from quantpub.options import (
     BaselineOpt,
@@ -139,29 +141,8 @@ def quantize(
     )
 
 
-@app.command()
-def verify(
-    checkpoint: CheckpointArg,
-    source: Annotated[str | None, typer.Option(help="The model it was made from: folder or Hub id.")] = None,
-    format: FormatOpt = "auto",
-    json: JsonOpt = False,
-) -> None:
-    """Check the artifact: bytes, names, shapes, config, and every tensor dequantized and compared with the source."""
-    from quantpub.artifact import Artifact
-    from quantpub.show import show_checks
-    from quantpub.verify.run import failures
-    from quantpub.verify.run import verify as run
-
-    artifact = Artifact.open(checkpoint)
-    with out.bar("verifying", 0) as advance:
-        evidence = run(artifact, source, advance)
-    out.result(
-        evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=evidence["verdict"] != "failed"
-    )
-    if failed := failures(evidence):
-        raise GateError(failed, where=str(checkpoint), next="do not publish it; quantize again")
-
-
+app.command()(verify)
+app.command()(repack)
 app.command()(profile)
 app.command()(advise)
 

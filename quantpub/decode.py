@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from quantpub.artifact import Artifact
+from quantpub.checkpoint import read_tensor
 from quantpub.errors import InputError, QuantpubError, closest
 from quantpub.families import FAMILIES, Family
 from quantpub.kv_cache import letter_of
 from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
-from quantpub.shards import DTYPES, TensorInfo, read_header
+from quantpub.shards import TensorInfo
+from quantpub.sources import LocalSource, Source
 from quantpub.treatments import Treatment, declared, unquantized
 
 AGAIN = "quantize it again into another folder"
@@ -30,12 +32,19 @@ PLANNED = {"tensor", "as", "shard", "dtype", "shape", "role", "action", "treatme
 class Decoder:
     """treatments: the recipe's, then those of its rules. actions: the lines of plan.jsonl."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        """Errors: InputError when run.json or the plan is missing or damaged."""
+    def __init__(self, artifact: Artifact, source: Source | None = None) -> None:
+        """source: where the weights lie, when that is not the artifact's folder.
+
+        Errors: InputError when run.json or the plan is missing or damaged.
+        """
         run = artifact.read_json("run.json", ("scheme", "layout", "source", "stages"))
-        self.artifact = artifact
-        self.treatments = _treatments(artifact, run)
-        self.actions = plan_lines(artifact)
+        self._read(artifact, source or LocalSource(artifact.path), _treatments(artifact, run), plan_lines(artifact))
+
+    def _read(
+        self, artifact: Artifact, source: Source, treatments: list[Treatment], actions: list[dict[str, Any]]
+    ) -> None:
+        self.artifact, self.source = artifact, source
+        self.treatments, self.actions = treatments, actions
         _require_places(artifact, self.actions, len(self.treatments))
         self._modules = {_module(line): line for line in self.actions if line["action"] == "quantize"}
         self._shard = {name: line["shard"] for line in self.actions for name in outputs_of(line)}
@@ -93,8 +102,8 @@ class Decoder:
 
     def require_whole(self) -> None:
         """Headers only. Errors: InputError for the first tensor that is missing or not what the plan says."""
-        for name, shard in self._shard.items():
-            self._info(name, shard)
+        for name in self._shard:
+            self._info(name, self._place_of(name))
 
     def qtensor(self, module: str) -> QTensor:
         """One quantized weight, decoded. Errors: InputError when a tensor of it is missing or of another shape."""
@@ -137,32 +146,32 @@ class Decoder:
         n, k = self._modules[module]["shape"]
         return n, k
 
+    def outputs(self, module: str) -> list[str]:
+        """The names of the tensors that hold one quantized module."""
+        return list(self._modules[module]["outputs"])
+
     def packed(self, module: str) -> Tensors:
         """suffix → tensor of one quantized module, as the layout wrote them."""
-        outputs = self._modules[module]["outputs"]
-        return {name.removeprefix(f"{module}."): self.tensor(name) for name in outputs}
+        return {name.removeprefix(f"{module}."): self.tensor(name) for name in self.outputs(module)}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the artifact, by its own name. Errors: InputError when it is not what the plan says."""
-        shard = self._shard[name]
-        info = self._info(name, shard)
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        with (self.artifact.path / shard).open("rb") as f:
-            f.seek(info.start)
-            if f.readinto(raw.numpy()) < info.nbytes:
-                raise InputError("the file became shorter while it was read", where=str(f.name), next=AGAIN)
-        return raw.view(DTYPES[info.dtype]).view(info.shape)
+        shard = self._place_of(name)
+        return read_tensor(self.source, shard, self._info(name, shard))
+
+    def _place_of(self, name: str) -> str:
+        return str(self._shard[name])
 
     def _info(self, name: str, shard: str) -> TensorInfo:
-        path = self.artifact.path / shard
+        where = self.source.where(shard)
         if shard not in self._headers:
-            if not path.is_file():
-                raise InputError("the shard is missing", where=str(path), next=AGAIN)
-            self._headers[shard] = read_header(path)[0]
+            if shard not in self.source.files:
+                raise InputError("the shard is missing", where=where, next=AGAIN)
+            self._headers[shard] = self.source.header(shard)[0]
         info = self._headers[shard].get(name)
         if info is None:
-            raise InputError(f"tensor {name} is missing", where=str(path), next=AGAIN)
-        return self._as_planned(name, info, str(path))
+            raise InputError(f"tensor {name} is missing", where=where, next=AGAIN)
+        return self._as_planned(name, info, where)
 
     @cached_property
     def _planned(self) -> dict[str, tuple[str, tuple[int, ...]]]:

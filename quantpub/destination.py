@@ -171,7 +171,7 @@ class Destination:
         plan = self.plan
         return {
             "quantpub": __version__,
-            "source": plan.checkpoint.source.identity(),
+            "source": dict(plan.origin or plan.checkpoint.source.identity()),
             "digest": self.digest,
             "recipe": plan.recipe.name,
             "recipe_sha256": plan.recipe.digest(),

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from quantpub.actions import COPY, QUANTIZE, REJECTED, Action
-from quantpub.algorithms import ALGORITHMS
+from quantpub.algorithms import ADOPTED, ALGORITHMS
 from quantpub.checkpoint import Checkpoint, Slice, public_config
 from quantpub.errors import InputError, closest
 from quantpub.families import FAMILIES, LINEAR, REFUSED, Family
@@ -40,7 +41,8 @@ class Plan:
     """shards: file → actions in file order. rejections: tensor → reason; a plan that has any cannot be run.
 
     treatments: the recipe's own first, then one for each of its rules. calibration: the key of the statistics that it is
-    carried out with, empty where no data is used.
+    carried out with, empty where no data is used. origin: of weights that were quantized before, what run.json says of
+    the model they were made from.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Plan:
     ignored: tuple[str, ...]
     rejections: dict[str, str]
     calibration: str = ""
+    origin: Mapping[str, Any] | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -83,7 +86,8 @@ class Plan:
         inputs; transform: what the recipe's transform looks at.
         """
         used = [self.treatments[place] for place in {a.treatment for a in self.actions if a.treatment is not None}]
-        needs = {need for t in used for need in load(ALGORITHMS, "algorithm", t.algorithm["name"]).needs}
+        names = {str(t.algorithm["name"]) for t in used} - {ADOPTED}
+        needs = {need for name in names for need in load(ALGORITHMS, "algorithm", name).needs}
         found = {
             "inputs": any(t.scheme.act is not None and t.scheme.act.calibrated for t in used),
             "kv": bool(self.kv),

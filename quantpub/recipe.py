@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantpub.algorithms import ALGORITHMS
+from quantpub.algorithms import ADOPTED, ALGORITHMS
 from quantpub.errors import InputError, QuantpubError, UsageError, closest
 from quantpub.files import sha256_json
 from quantpub.layouts import KERNEL_LAYOUTS, LAYOUTS
@@ -57,7 +57,7 @@ def _sensible_group(value: int | None) -> int | None:
 
 
 def _known_algorithm(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None and str(value.get("name")) not in ALGORITHMS:
+    if value is not None and str(value.get("name")) not in (*ALGORITHMS, ADOPTED):
         raise ValueError(f"unknown algorithm {value.get('name')!r}: {closest(str(value.get('name')), ALGORITHMS)}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def show_names(out: Output, rows: dict[str, str]) -> None:
     width = max(map(len, rows), default=0)
     for name, summary in rows.items():
         out.line(f"{name:<{width}}  {summary}")
+
+
+def show_repacked(out: Output, report: dict[str, Any]) -> None:
+    proof = report["repack"]
+    out.line(
+        f"{report['artifact']}: {' and '.join(proof['from']['layouts'])} → {report['layout']}, {size(report['output_bytes'])}"
+    )
+    out.line(f"{proof['equal']} of {proof['modules']} linears are the same weights, bit for bit")
+    if proof["rounded"]:
+        out.line(f"global scales were rounded in float32's last place: by {proof['rounded']:.1g} at most")
+    for conversion in proof["conversions"]:
+        out.line(
+            f"{conversion['note']}: {100 * proof['lost']['max']:.2g} % of the norm at most ({proof['lost']['worst']})"
+        )
 
 
 def show_plans(out: Output, plans: list[dict[str, Any]]) -> None:
@@ -155,7 +170,13 @@ def _show_quantized(out: Output, report: dict[str, Any]) -> None:
 
 def show_checks(out: Output, evidence: dict[str, Any]) -> None:
     for check in evidence["checks"]:
-        out.line(f"  {check['status']:<8} {check['id']:<10}  {check['detail']}")
+        out.line(f"  {check['status']:<8} {check['id']:<15}  {check['detail']}")
+    if seen := evidence.get("engine"):
+        out.line(f"  {seen['verdict']:<8} {seen['engine']:<15}  {seen['reason']}")
+        for kernel, count in Counter(seen.get("kernels", {}).values()).items():
+            out.line(f"           {'':<15}  {kernel}: {count} modules")
+        for warning in seen.get("warnings", []):
+            out.line(f"           {'':<15}  warning: {warning:.200}")
     out.line(f"verdict: {evidence['verdict']}")
 
 

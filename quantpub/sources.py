@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 
 from quantpub.errors import AuthError, InputError, QuantpubError, UnavailableError
@@ -24,6 +25,7 @@ from quantpub.shards import TensorInfo, parse_header, read_header
 Header = tuple[dict[str, TensorInfo], dict[str, str]]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAMPLES, SAMPLE = 16, 64 << 10
+SPAN = 1 << 18  # bytes that a range request reads beyond what was asked: the next small tensor is there, too
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # huggingface_hub 1 and 2 raise these as they are
 
 
@@ -37,6 +39,7 @@ class Source(Protocol):
     def path(self, name: str) -> Path: ...
     def read(self, name: str) -> bytes: ...
     def header(self, name: str) -> Header: ...
+    def span(self, name: str, start: int, nbytes: int) -> memoryview: ...
     def where(self, name: str) -> str: ...
     def fingerprint(self, shard: str) -> str: ...
     def sha256(self, shard: str) -> str: ...
@@ -68,6 +71,10 @@ class LocalSource:
     def header(self, name: str) -> Header:
         with read_errors(self.path(name)):
             return read_header(self.path(name))
+
+    def span(self, name: str, start: int, nbytes: int) -> memoryview:
+        """So many bytes of a file. Errors: InputError when it ends before."""
+        return read_span(self.path(name), start, nbytes, self.where(name))
 
     def where(self, name: str) -> str:
         return str(self.folder / name)
@@ -103,6 +110,8 @@ class HubSource:
         with hub_errors(repo, revision):
             self._info = self._api.model_info(repo, revision=revision, files_metadata=True)
         self.repo, self.label = repo, f"{repo}@{self.commit[:7]}"
+        self.fetched = 0  # bytes of weights that were asked for by range
+        self._open: dict[str, Any] = {}
 
     @property
     def commit(self) -> str:
@@ -142,6 +151,25 @@ class HubSource:
                 f"truncated: {self.files[name]} bytes, its header promises {promised}", where=self.where(name)
             )
         return tensors, metadata
+
+    def span(self, name: str, start: int, nbytes: int) -> memoryview:
+        """By a range request, unless the file lies in the cache already."""
+        from huggingface_hub import HfFileSystem, try_to_load_from_cache
+
+        if isinstance(held := try_to_load_from_cache(self.repo, name, revision=self.commit), str):
+            return read_span(Path(held), start, nbytes, self.where(name))
+        with hub_errors(self.repo, self.commit):
+            if name not in self._open:
+                path = f"{self.repo}/{name}"
+                self._open[name] = HfFileSystem().open(
+                    path, revision=self.commit, block_size=SPAN, cache_type="readahead"
+                )
+            self._open[name].seek(start)
+            data = self._open[name].read(nbytes)
+        self.fetched += nbytes
+        if len(data) < nbytes:
+            raise InputError("the file ends before its header says", where=self.where(name))
+        return memoryview(bytearray(data))
 
     def where(self, name: str) -> str:
         return f"{self.label}/{name}"
@@ -189,6 +217,19 @@ def read_errors(path: Path) -> Iterator[None]:
         raise InputError(
             f"cannot be read: {reason}", where=str(path), next="check the file and its permissions"
         ) from None
+
+
+def read_span(path: Path, start: int, nbytes: int, where: str) -> memoryview:
+    """Bytes of a local file, in memory of their own. Errors: InputError when it ends before."""
+    data = memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy().data)
+    with read_errors(path), path.open("rb", buffering=0) as f:
+        f.seek(start)
+        done = 0
+        while done < nbytes and (got := f.readinto(data[done:])):
+            done += got
+    if done < nbytes:
+        raise InputError("the shard is shorter than its header says", where=where)
+    return data
 
 
 def open_source(model: str, revision: str | None) -> Source:

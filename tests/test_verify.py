@@ -81,23 +81,23 @@ PLANTED: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "code beside it": (lambda a: ((a / "modeling.py").write_text(""), reseal(a)), {"safe-files"}),
     "nibbles swapped": (lambda a: rewrite(a, swap_nibbles), {"values"}),
     "scales off by one group": (lambda a: rewrite(a, shift_scales), {"values"}),
-    "a scale of zero": (lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_scale"].view(-1)[0].zero_()), {"values"}),
+    "a scale of zero": (lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_scale"].view(-1)[0].zero_()), {"scales"}),
     "half a tensor of zeros": (
         lambda a: rewrite(a, lambda t: t[f"{DOWN}.weight_packed"][64:].fill_(-0x77777778)),
         {"values"},
     ),
     "a copied tensor touched": (lambda a: rewrite(a, lambda t: t["model.norm.weight"].mul_(1.01)), {"copies"}),
-    "a scale missing": (lambda a: rewrite(a, lambda t: t.pop(f"{DOWN}.weight_scale")), {"tensors", "bits", "values"}),
-    "an extra tensor": (lambda a: rewrite(a, lambda t: t.update({"model.extra": torch.zeros(2)})), {"tensors", "bits"}),
+    "a scale missing": (lambda a: rewrite(a, lambda t: t.pop(f"{DOWN}.weight_scale")), {"tensors"}),
+    "an extra tensor": (lambda a: rewrite(a, lambda t: t.update({"model.extra": torch.zeros(2)})), {"tensors"}),
     "a scale in another dtype": (
         lambda a: rewrite(a, lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()})),
-        {"tensors", "bits", "values"},
+        {"tensors"},
     ),
     "an unknown key in the config": (
         lambda a: edit_json(
             a, "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(zap=1)
         ),
-        {"config"},
+        {"parses"},
     ),
     "a quantized module in ignore": (
         lambda a: edit_json(a, "config.json", lambda c: c["quantization_config"]["ignore"].append(DOWN)),
@@ -105,7 +105,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     ),
     "a local path in the config": (
         lambda a: edit_json(a, "config.json", lambda c: c.update(_name_or_path="/home/me/model")),
-        {"config"},
+        {"private"},
     ),
     "another tokenizer": (lambda a: ((a / "tokenizer_config.json").write_text("{}"), reseal(a)), {"coverage"}),
     "declared bits that are not there": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from quantpub.registry import Entry
 
+ADOPTED = "adopted"  # in the place of an algorithm's name where another tool quantized
 ALGORITHMS = {
     "rtn": Entry(
         "quantpub.algorithms.rtn:ALGORITHM", "round to nearest: the scale from each group's largest magnitude"

@@ -1,4 +1,8 @@
-"""What a rule is given, and what it answers."""
+"""What a rule is given, and what it answers.
+
+A checkpoint is ours, with a `.quantpub/` that says what it should be, or another tool's: then rules go by what it declares.
+It lies in a folder or on the Hub; there whole weights are read only when that was asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,13 @@ from typing import Any
 
 import torch
 
+from quantpub.actions import QUANTIZE
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import Checkpoint, Slice, read_slice
 from quantpub.decode import Decoder
+from quantpub.families import HEAD, LINEAR, ROUTER
+from quantpub.held import Held, open_held
+from quantpub.opened import Opened
 from quantpub.smoothing import Smoothing, smoothing_of
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -19,21 +27,74 @@ PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 @dataclass
 class Subject:
-    """The artifact under test, the source where one was given, and figures that rules leave for the evidence file."""
+    """What is under test, the source where one was given, and figures that rules leave for the evidence file.
 
-    artifact: Artifact
+    checkpoint: ours by its folder, or anything opened. weights: whether whole weights may be read. tp: GPUs that it must be
+    cut for.
+    """
+
+    checkpoint: Artifact | Opened
     source: Checkpoint | None
     progress: Callable[[int, int], None] = lambda done, total: None
     figures: dict[str, Any] = field(default_factory=dict)
+    weights: bool = True
+    tp: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        return isinstance(self.checkpoint, Artifact) or self.checkpoint.artifact is not None
+
+    @property
+    def artifact(self) -> Artifact:
+        """Of one of ours."""
+        found = self.checkpoint if isinstance(self.checkpoint, Artifact) else self.checkpoint.artifact
+        assert found is not None, "rules of ours are asked of ours"
+        return found
+
+    @cached_property
+    def opened(self) -> Opened:
+        """Errors: InputError when it cannot even be opened."""
+        if isinstance(self.checkpoint, Opened):
+            return self.checkpoint
+        return Opened(open_held(str(self.checkpoint.path)), self.checkpoint)
+
+    @property
+    def held(self) -> Held:
+        return self.opened.held
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.artifact)
+        return Decoder(self.checkpoint) if isinstance(self.checkpoint, Artifact) else self.checkpoint.decoder
+
+    @cached_property
+    def stated(self) -> dict[str, Any]:
+        """What the checkpoint says of its quantization."""
+        return self.held.quantization
+
+    @cached_property
+    def quantized(self) -> dict[str, str]:
+        """module → its scheme and how its layout holds it, in words: equal where they are equal."""
+        treated = ((module, self.decoder.treated(module)) for module, _ in self.decoder.modules())
+        return {module: f"{t.scheme.name} g{t.scheme.group_size}" for module, t in treated}
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """Every linear, router and head that is not quantized."""
+        lines = (line for line in self.decoder.actions if line["action"] != QUANTIZE and len(line["shape"]) == 2)
+        return [str(line["as"]).removesuffix(".weight") for line in lines if line["role"] in (LINEAR, ROUTER, HEAD)]
 
     @cached_property
     def smoothing(self) -> Smoothing | None:
-        """Errors: InputError when the recipe has a transform and its vectors are missing, or not of this model."""
-        return smoothing_of(self.artifact, self.decoder)
+        """Of ours as it is recorded, of another tool's as it is found.
+
+        Errors: InputError when the recipe has a transform and its vectors are missing, or not of this model.
+        """
+        if self.ours:
+            return smoothing_of(self.artifact, self.decoder)
+        from quantpub.verify.folded import folded
+        from quantpub.verify.source import source_parts
+
+        return folded(self, source_parts(self.source)) if self.source is not None else None
 
     def due(self, part: Slice) -> torch.Tensor:
         """A tensor of the source as it was quantized or copied: with what was folded into it."""

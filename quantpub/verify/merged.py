@@ -15,15 +15,37 @@ from quantpub.qtensor import QTensor, same_bits
 from quantpub.scheme import WHOLE
 from quantpub.verify.base import Finding, Subject, first
 
+GLOBAL = (".weight_global_scale", ".weight_scale_2")
+
 
 def merged(subject: Subject) -> Finding:
     decoder = subject.decoder
+    if not subject.ours:
+        return _adopted(subject)
     sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
     problems = [problem for members in sets if (problem := _differ(decoder, members))]
     inputs = one_input(decoder)
     problems += [problem for members in inputs if (problem := _scaled_apart(decoder, members))]
     scaled = f"; one scale of activations in each of {len(inputs)}" if inputs else ""
     return first(problems, f"{len(sets)} sets of linears that engines merge{scaled}")
+
+
+def _adopted(subject: Subject) -> Finding:
+    """Of another tool's only what engines do not make good: FP8 members they rescale, and torchao merges nothing."""
+    decoder = subject.decoder
+    sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
+    method = subject.opened.adopted.method.name
+    problems = [] if method == "torchao" else [p for members in sets if (p := _global_apart(subject, members))]
+    return first(problems, f"{len(sets)} sets of linears that engines merge")
+
+
+def _global_apart(subject: Subject, members: Sequence[str]) -> str | None:
+    decoder = subject.decoder
+    if not all(decoder.treated(member).scheme.weight.global_scale for member in members):
+        return None
+    own = [[decoder.tensor(n) for n in decoder.outputs(m) if n.endswith(GLOBAL)] for m in members]
+    odd = next((m for m, found in zip(members, own, strict=True) if not all(map(same_bits, found, own[0]))), None)
+    return odd and f"{odd}: its scale of the whole tensor is not that of {members[0]}, which engines merge it with"
 
 
 def one_input(decoder: Decoder) -> list[tuple[str, ...]]:

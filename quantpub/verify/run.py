@@ -9,12 +9,13 @@ from typing import Any
 
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import Checkpoint, open_checkpoint
-from quantpub.errors import InputError, QuantpubError
+from quantpub.errors import InputError, QuantpubError, UnavailableError
 from quantpub.evidence import made_by
 from quantpub.families import FAMILIES
+from quantpub.opened import Opened
 from quantpub.registry import load
-from quantpub.verify import RULES
-from quantpub.verify.base import FAILED, SKIPPED, Finding, Subject, failed
+from quantpub.verify import CHECKS, RULES
+from quantpub.verify.base import FAILED, PASSED, SKIPPED, Finding, Subject, failed, skipped
 from quantpub.verify.source import source_parts
 
 LOCAL = re.compile(r"(?<![\w.~/-])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # an absolute path, and its last part
@@ -22,32 +23,66 @@ SOURCE = "name the model the artifact was made from"
 
 
 def verify(
-    artifact: Artifact, source: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    checkpoint: Artifact | Opened,
+    source: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    weights: bool = True,
+    tp: int | None = None,
+    engine: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Run all rules, with `source` (a folder or Hub id) those that compare with it too. Writes and returns the evidence.
+    """Run all rules, with `source` (a folder or Hub id) those that compare with it too. Returns the evidence.
 
-    A Hub source is read at the commit that run.json names. Errors: InputError when the source is another model.
+    checkpoint: ours in a folder, where the evidence is written to; or anything opened. weights: whether whole weights may be
+    read, as of one on the Hub. tp: GPUs that it must be cut for. engine: runs it in an engine, once the rules have passed,
+    and says what it saw (`verify.engine`). A Hub source is read at the commit that run.json names.
+    Errors: InputError when the source is another model.
     """
-    checkpoint = _source(artifact, source)
-    subject = Subject(artifact, checkpoint, progress)
-    findings = {name: _judge(name, subject) for name in RULES}
+    found = _source(checkpoint, source)
+    subject = Subject(checkpoint, found, progress, weights=weights, tp=tp)
+    findings = judge(subject)
     evidence = {
-        "made_by": made_by("verify", {"source": checkpoint.source.identity() if checkpoint else None}),
+        "made_by": made_by("verify", {"source": found.source.identity() if found else None}),
         "checks": [{"id": name, **finding.as_json()} for name, finding in findings.items()],
         **subject.figures,
         "verdict": verdict(findings),
     }
-    artifact.write_evidence("verify.json", evidence)
-    counts = {status: sum(f.status == status for f in findings.values()) for status in ("passed", "failed", "skipped")}
-    artifact.record("verify", {"verdict": evidence["verdict"], **counts})
+    if engine is not None and evidence["verdict"] != "failed":
+        evidence["engine"] = engine()
+        evidence["verdict"] = "failed" if evidence["engine"]["verdict"] == "failed" else evidence["verdict"]
+    if isinstance(checkpoint, Artifact):
+        _keep(checkpoint, evidence)
     return evidence
 
 
+def judge(subject: Subject) -> dict[str, Finding]:
+    """Rule → finding. A rule whose needs did not pass is not asked: one fault is reported once, by the rule that knows it."""
+    findings: dict[str, Finding] = {}
+    for name, rule in CHECKS.items():
+        if rule.ours and not subject.ours:
+            continue
+        lacking = [need for need in rule.needs if need in findings and findings[need].status != PASSED]
+        if lacking and findings[lacking[0]].status == FAILED:
+            findings[name] = skipped(f"not looked at: {lacking[0]} failed")
+        else:
+            findings[name] = skipped(f"not looked at: {lacking[0]}") if "readable" in lacking else _judge(name, subject)
+    return findings
+
+
+def _keep(artifact: Artifact, evidence: dict[str, Any]) -> None:
+    artifact.write_evidence("verify.json", evidence)
+    statuses = [check["status"] for check in evidence["checks"]]
+    counts = {status: statuses.count(status) for status in ("passed", "failed", "skipped")}
+    artifact.record("verify", {"verdict": evidence["verdict"], **counts})
+
+
 def _judge(name: str, subject: Subject) -> Finding:
-    """A rule's finding; an artifact so damaged that the rule cannot even look has failed it."""
+    """A rule's finding; a checkpoint so damaged that the rule cannot even look has failed it."""
     rule: Callable[[Subject], Finding] = load(RULES, "rule", name)
     try:
         return rule(subject)
+    except UnavailableError:
+        raise
     except QuantpubError as error:
         return failed(_nameless(f"{error.where}: {error.what}" if error.where else error.what, subject))
     except Exception as error:  # whatever it is, the artifact does not bear looking at
@@ -57,9 +92,12 @@ def _judge(name: str, subject: Subject) -> Finding:
 
 def _nameless(text: str, subject: Subject) -> str:
     """The text with files named as the artifact or the source names them: no evidence file holds a path."""
-    folders = [subject.artifact.path]
-    if subject.source is not None:
-        folders.append(Path(subject.source.source.where("config.json")).parent)
+    sources = [subject.source.source] if subject.source is not None else []
+    if isinstance(subject.checkpoint, Artifact):
+        folders = [subject.checkpoint.path]
+    else:
+        folders, sources = [], [*sources, subject.checkpoint.held.source]
+    folders += [Path(source.where("config.json")).parent for source in sources]
     for folder in sorted({str(each) for path in folders for each in (path, path.absolute(), path.resolve())}, key=len):
         text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/", "", text)
     return LOCAL.sub(r"\1", text)
@@ -71,27 +109,42 @@ def verdict(findings: dict[str, Finding]) -> str:
     return "failed" if FAILED in statuses else "incomplete" if SKIPPED in statuses else "passed"
 
 
-def _source(artifact: Artifact, source: str | None) -> Checkpoint | None:
-    recorded = artifact.read_json("run.json", ("source", "stages"))["source"]
+def _source(checkpoint: Artifact | Opened, source: str | None) -> Checkpoint | None:
     if source is None:
         return None
-    checkpoint = open_checkpoint(
+    artifact = checkpoint if isinstance(checkpoint, Artifact) else checkpoint.artifact
+    recorded = artifact.read_json("run.json", ("source", "stages"))["source"] if artifact else {"kind": None}
+    found = open_checkpoint(
         source, recorded["commit"] if recorded["kind"] == "hub" and recorded["repo"] == source else None
     )
-    if checkpoint.config.get("model_type") not in FAMILIES:
+    if artifact is not None and found.config.get("model_type") not in FAMILIES:
         raise InputError(
-            f"unknown architecture {checkpoint.config.get('model_type')!r}: another model", where=source, next=SOURCE
+            f"unknown architecture {found.config.get('model_type')!r}: another model", where=source, next=SOURCE
         )
-    found = {part.name: part.info.shape for part in source_parts(checkpoint).values()}
-    planned = {line["as"]: tuple(line["shape"]) for line in Subject(artifact, checkpoint).decoder.actions}
-    if not any(found.get(name) == shape for name, shape in planned.items()):
+    _require_same_model(Subject(checkpoint, found), source)
+    return found
+
+
+def _require_same_model(subject: Subject, source: str) -> None:
+    """Errors: InputError when no tensor of the source is there, or one of ours has another shape in it."""
+    assert subject.source is not None
+    found = {part.name: part.info.shape for part in source_parts(subject.source).values()}
+    planned = {line["as"]: tuple(line["shape"]) for line in subject.decoder.actions}
+    if planned and not any(found.get(name) == shape for name, shape in planned.items()):
         raise InputError("no tensor of it is in the artifact: another model", where=source, next=SOURCE)
-    if differing := [name for name, shape in planned.items() if found.get(name, shape) != shape]:
+    differing = [name for name, shape in planned.items() if found.get(name, shape) != shape]
+    if subject.ours and differing:
         raise InputError(f"{differing[0]} has another shape in the artifact: another model", where=source, next=SOURCE)
-    return checkpoint
+
+
+def remedy(evidence: dict[str, Any]) -> str | None:
+    """What to do about the first failed check."""
+    return next((CHECKS[check["id"]].next for check in evidence["checks"] if check["status"] == FAILED), None)
 
 
 def failures(evidence: dict[str, Any]) -> str | None:
     """The failed checks in one line, or None."""
     bad = [f"{check['id']}: {check['detail']}" for check in evidence["checks"] if check["status"] == FAILED]
+    seen = evidence.get("engine", {})
+    bad += [f"in {seen['engine']}: {seen['reason']}"] if seen.get("verdict") == "failed" else []
     return "; ".join(bad) if bad else None

@@ -4,52 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
-from quantpub.checkpoint import INDEX, PICKLES, public_config
+from quantpub.checkpoint import public_config
 from quantpub.decode import outputs_of
-from quantpub.shards import TensorInfo, read_header
-from quantpub.verify.base import Finding, Subject, first
-
-LOCAL_PATH = re.compile(r"(/(home|root|tmp|Users)/|[A-Z]:\\\\)")
-
-
-def _headers(subject: Subject) -> dict[str, dict[str, TensorInfo]]:
-    shards = dict.fromkeys(line["shard"] for line in subject.decoder.actions)
-    return {shard: read_header(subject.artifact.path / shard)[0] for shard in shards}
+from quantpub.sources import LocalSource
+from quantpub.verify.base import Finding, Subject, first, skipped
 
 
 def files(subject: Subject) -> Finding:
-    """Catches a shard that was truncated, exchanged or edited after it was sealed."""
-    damaged = subject.artifact.damage()
-    return first([f"{name} is not what SHA256SUMS states" for name in damaged], f"{len(subject.artifact.sums())} files")
-
-
-def safe_files(subject: Subject) -> Finding:
-    path = subject.artifact.path
-    names = subject.artifact.files()
-    bad = [f"{name} can run code when it is opened" for name in names if name.endswith((*PICKLES, ".py"))]
-    bad += [f"{name} is a link" for name in names if (path / name).is_symlink()]
-    return first(bad, f"{len(names)} files, weights in safetensors only")
+    """Catches a shard that was truncated, exchanged or edited after it was sealed. On the Hub, by the sha256 it states."""
+    source = subject.held.source
+    if isinstance(source, LocalSource):
+        damaged = subject.artifact.damage()
+        return first(
+            [f"{name} is not what SHA256SUMS states" for name in damaged], f"{len(subject.artifact.sums())} files"
+        )
+    sums = subject.artifact.sums()
+    wrong = [name for name, digest in sums.items() if name not in source.files or source.sha256(name) != digest]
+    return first(
+        [f"{name} is not what SHA256SUMS states" for name in wrong], f"{len(sums)} files, by the Hub's own sha256"
+    )
 
 
 def index(subject: Subject) -> Finding:
     """Known failure: a resumed run that wrote modules twice. The index and the headers must be the same map."""
-    found = {name: shard for shard, infos in _headers(subject).items() for name in infos}
-    total = sum(len(infos) for infos in _headers(subject).values())
-    path = subject.artifact.path / INDEX
-    problems = [] if total == len(found) else ["a tensor lies in two shards"]
-    if len(_headers(subject)) > 1 and not path.is_file():
-        problems.append(f"{INDEX} is missing: engines find shards by it")
-    if path.is_file():
-        stated = json.loads(path.read_text("utf-8"))["weight_map"]
-        wrong = sorted(name for name in {*stated, *found} if stated.get(name) != found.get(name))
-        problems += [f"{name}: index says {stated.get(name)}, found in {found.get(name)}" for name in wrong]
-    return first(problems, f"{len(found)} tensors in {len(_headers(subject))} shards")
+    held = subject.held
+    return first(list(held.problems), f"{len(held.place)} tensors in {len(held.headers)} shards")
 
 
 def tensors(subject: Subject) -> Finding:
     """The exact set of suffixes, dtypes and shapes: engines do not check that a quantized checkpoint is complete."""
+    if not subject.ours:
+        adopted = subject.opened.adopted
+        problems = adopted.said("tensors")
+        return first(problems, f"{len(subject.held.place)} tensors, {len(subject.decoder.modules())} quantized modules")
     decoder, problems = subject.decoder, []
     expected = {
         name: (dtype, tuple(shape)) for line in decoder.actions for name, (dtype, shape) in outputs_of(line).items()
@@ -58,7 +46,8 @@ def tensors(subject: Subject) -> Finding:
         treatment = decoder.treated(module)
         for suffix, spec in treatment.layout.spec(treatment.scheme, n, k, decoder.source_dtype(module)).items():
             expected[f"{module}.{suffix}"] = spec
-    found = {name: (info.dtype, info.shape) for infos in _headers(subject).values() for name, info in infos.items()}
+    headers = subject.held.headers
+    found = {name: (info.dtype, info.shape) for infos, _ in headers.values() for name, info in infos.items()}
     problems += [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} belongs to no module" for name in found if name not in expected]
     problems += [
@@ -66,9 +55,18 @@ def tensors(subject: Subject) -> Finding:
     ]
     metadata = decoder.metadata()
     for shard in dict.fromkeys(line["shard"] for line in decoder.actions):
-        if read_header(subject.artifact.path / shard)[1] != metadata:
+        if shard in headers and headers[shard][1] != metadata:
             problems.append(f"the header of {shard} lacks entries that loaders of this layout read, or has others")
     return first(problems, f"{len(found)} tensors, {len(decoder.modules())} quantized modules")
+
+
+def readable(subject: Subject) -> Finding:
+    """What another tool wrote, and is not read here, is not judged either: it leaves the verdict incomplete."""
+    reasons = [] if subject.ours else subject.opened.adopted.said("readable")
+    if not reasons:
+        return first([], f"{len(subject.decoder.modules())} modules")
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return skipped(f"{reasons[0]}{more}")
 
 
 def config(subject: Subject) -> Finding:
@@ -94,10 +92,8 @@ def config(subject: Subject) -> Finding:
             problems.append(f"{name} is not what the layout states")
     if subject.source is not None:
         expected = public_config(subject.source)
-        ours = {key: value for key, value in stated.items() if key != "quantization_config"}
+        ours = {key: value for key, value in stated.items() if key not in ("quantization_config", "_name_or_path")}
         problems += [f"{key} is not the source's" for key in {*ours, *expected} if ours.get(key) != expected.get(key)]
-    if found := LOCAL_PATH.search(json.dumps(stated)):
-        problems.append(f"config.json holds a local path ({found[0]}…)")
     method = " ".join(str(stating[key]) for key in ("quant_method", "format") if key in stating)
     return first(problems, f"{method}, {len(decoder.ignored())} modules in high precision")
 
@@ -106,11 +102,11 @@ def _short(value: object) -> str:
     return f"{json.dumps(value):.60}"
 
 
-def bits(subject: Subject) -> Finding:
-    """Known failures: experts left in bf16, FP8 weights in an NVFP4 export. The bytes on disk say what was really done."""
+def bits_of_ours(subject: Subject) -> Finding:
+    """The bytes on disk say what was really done: they must be those that the run declared."""
     record = subject.artifact.run()["stages"]["quantize"]
-    headers = _headers(subject)
-    on_disk = {name: info for infos in headers.values() for name, info in infos.items()}
+    headers = subject.held.headers
+    on_disk = {name: info for infos, _ in headers.values() for name, info in infos.items()}
     owned = [
         name
         for line in subject.decoder.actions
@@ -120,7 +116,7 @@ def bits(subject: Subject) -> Finding:
     ]
     weights = sum(math.prod(shape) for _, shape in subject.decoder.modules())
     actual = round(8 * sum(on_disk[name].nbytes for name in owned) / weights, 4) if weights else None
-    size = sum((subject.artifact.path / shard).stat().st_size for shard in headers)
+    size = sum(subject.held.source.files[shard] for shard in headers)
     problems = (
         [f"{actual} bits a quantized weight on disk, {record['bits_per_quantized_weight']} declared"]
         if actual != record["bits_per_quantized_weight"]

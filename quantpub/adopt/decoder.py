@@ -1,0 +1,54 @@
+"""A decoder of an adopted checkpoint: the one door through which every stage sees weights, for what others made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantpub.adopt import Adopted
+from quantpub.adopt.base import fitted
+from quantpub.artifact import Artifact
+from quantpub.decode import Decoder
+from quantpub.errors import InputError
+from quantpub.families import Family
+from quantpub.layouts.base import Config, Tensors
+
+
+class AdoptedDecoder(Decoder):
+    """Differences from our own: numbers may stand in a narrower float, and the declared config is the one found."""
+
+    def __init__(self, adopted: Adopted) -> None:
+        self.adopted = adopted
+        source = adopted.held.source
+        self._read(Artifact(Path(source.path("config.json")).parent), source, list(adopted.treatments), adopted.lines)
+
+    def family(self) -> Family:
+        return self.adopted.family
+
+    def declared(self) -> Config:
+        return self.adopted.held.quantization
+
+    def files(self) -> dict[str, Config]:
+        return {}
+
+    def packed(self, module: str) -> Tensors:
+        """suffix → tensor as the layout states it. Errors: InputError when columns are in another order than stored."""
+        treatment, (n, k) = self.treated(module), self._shape(module)
+        found = super().packed(module)
+        spec = treatment.layout.spec(treatment.scheme, n, k, self.source_dtype(module))
+        tensors = {suffix: fitted(tensor, *spec[suffix]) for suffix, tensor in found.items()}
+        if "g_idx" in tensors:
+            _require_order(module, tensors["g_idx"], k, treatment.scheme.weight.scale_shape(n, k)[1])
+        return tensors
+
+    def _place_of(self, name: str) -> str:
+        return self.adopted.held.place[name]
+
+
+def _require_order(module: str, g_idx_K: torch.Tensor, k: int, groups: int) -> None:
+    """Errors: InputError when groups are not columns that lie side by side."""
+    due = torch.arange(k, dtype=g_idx_K.dtype) // (k // groups)
+    if not torch.equal(g_idx_K, due):
+        what = "its groups are made of columns in the order of their activations (g_idx), which no other layout holds"
+        raise InputError(what, where=module, next="quantize it again from the full-precision model")

@@ -1,0 +1,73 @@
+"""The command that checks a quantized checkpoint: ours or anybody's, in a folder or on the Hub, alone or in its engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantpub.errors import GateError, UsageError
+from quantpub.options import FormatOpt, JsonOpt, RevisionOpt, out
+
+
+def verify(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT|REPO_ID", help="A quantized checkpoint's folder, or a Hub id.")
+    ],
+    source: Annotated[str | None, typer.Option(help="The model it was made from: folder or Hub id.")] = None,
+    revision: RevisionOpt = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the weights of a Hub id, and check them too.")
+    ] = False,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, help="So many GPUs must be able to share it: 1, 2, 4 or 8.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Also load it in this engine: vllm, transformers or sglang.")
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option("--engine-python", metavar="PYTHON", help="The interpreter that has the engine.")
+    ] = None,
+    format: FormatOpt = "auto",
+    json: JsonOpt = False,
+) -> None:
+    """Check names, bytes, shapes, config, scales and values; with --engine, load it there and compare with its base."""
+    _require(engine, engine_python)
+    from quantpub.show import show_checks
+    from quantpub.verify.run import failures, remedy
+    from quantpub.verify.run import verify as run
+
+    opened = _opened(checkpoint, revision)
+
+    def load() -> dict[str, Any]:
+        from quantpub.verify.engine import in_engine
+
+        return in_engine(opened, source, str(engine), engine_python, download)
+
+    weights = download or Path(checkpoint).is_dir()
+    with out.bar("verifying", 0) as advance:
+        evidence = run(opened, source, advance, weights=weights, tp=tp, engine=load if engine else None)
+    ok = evidence["verdict"] != "failed"
+    out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=ok)
+    if failed := failures(evidence):
+        raise GateError(
+            failed, where=checkpoint, next=remedy(evidence) or "do not publish it; see the engine's warnings"
+        )
+
+
+def _require(engine: str | None, python: str | None) -> None:
+    if python and not engine:
+        raise UsageError("--engine-python goes with --engine", next="name the engine, as --engine vllm")
+
+
+def _opened(checkpoint: str, revision: str | None) -> Any:
+    """One of ours in a folder as an artifact, which keeps the evidence; anything else opened."""
+    from quantpub.artifact import META, Artifact
+    from quantpub.opened import open_quantized
+
+    folder = Path(checkpoint)
+    if not revision and (folder / META / "run.json").is_file():
+        return Artifact.open(folder)
+    with out.working("reading headers"):
+        return open_quantized(checkpoint, revision)

@@ -1,0 +1,245 @@
+"""The plan of a repack: every tensor of a quantized checkpoint, and what it becomes in another layout. No weight is read.
+
+A weight keeps its scheme where the layout holds it: then codes, scales and zeros come through bit for bit. Else a conversion
+leads to a scheme that the layout holds (`pairs`); what that costs is found while it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from quantpub.actions import COPY, QUANTIZE, SMOOTH, Action
+from quantpub.algorithms import ADOPTED
+from quantpub.artifact import META
+from quantpub.checkpoint import NOT_COMPANIONS, Checkpoint, Slice, is_companion
+from quantpub.conversions import routes
+from quantpub.decode import Decoder
+from quantpub.errors import InputError
+from quantpub.kv_cache import letter_of
+from quantpub.layouts import LAYOUTS
+from quantpub.layouts.base import CT, Layout, Spec
+from quantpub.opened import Opened
+from quantpub.pairs import HOLDS, Conversion
+from quantpub.plan import Plan
+from quantpub.recipe import Recipe
+from quantpub.registry import load
+from quantpub.scheme import PRESETS, Scheme
+from quantpub.shards import TensorInfo, tensor_bytes
+from quantpub.smoothing import Smoothing, smoothing_of
+from quantpub.sources import front_matter
+from quantpub.targets import TARGETS, unloadable
+from quantpub.treatments import Treatment
+
+QUANTIZATION = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the weights of one treatment come to the new layout. conversion: None where they keep their scheme."""
+
+    layout: Layout
+    scheme: Scheme
+    conversion: Conversion | None
+
+
+@dataclass(frozen=True)
+class Repack:
+    """plan: what is written. routes: by place of a treatment, in the old checkpoint and in the new."""
+
+    opened: Opened
+    plan: Plan
+    routes: tuple[Route, ...]
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.opened.decoder
+
+    @cached_property
+    def kv_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return self.decoder.kv_scales()
+
+    @cached_property
+    def smoothing(self) -> Smoothing | None:
+        """Of one of ours what was folded into it."""
+        return smoothing_of(self.opened.artifact, self.decoder) if self.opened.artifact else None
+
+    @property
+    def conversions(self) -> list[Conversion]:
+        used = {action.treatment for action in self.plan.actions if action.treatment is not None}
+        return [c for place in sorted(used) if (c := self.routes[place].conversion) is not None]
+
+
+def make_repack(opened: Opened, layout_name: str) -> Repack:
+    """Errors: InputError when the checkpoint does not bear reading, or the layout cannot hold its weights."""
+    _require_sound(opened)
+    layout: Layout = load(LAYOUTS, "layout", layout_name)
+    decoder = opened.decoder
+    found = tuple(_route(t, layout, opened.held.source.label) for t in decoder.treatments)
+    treatments = tuple(
+        Treatment(route.scheme, t.algorithm, route.layout) for t, route in zip(decoder.treatments, found, strict=True)
+    )
+    checkpoint = _checkpoint(opened)
+    shards: dict[str, tuple[Action, ...]] = {
+        shard: tuple(_action(opened, line, treatments) for line in decoder.actions if line["shard"] == shard)
+        for shard in checkpoint.shards
+    }
+    plan = Plan(
+        _recipe(opened, treatments, layout_name),
+        treatments,
+        checkpoint,
+        decoder.family(),
+        shards,
+        decoder.ignored(),
+        {},
+        str(_run(opened).get("calibration", "")),
+        _origin(opened),
+    )
+    _require_held(plan, opened)
+    return Repack(opened, plan, found)
+
+
+def _run(opened: Opened) -> dict[str, Any]:
+    return opened.artifact.run() if opened.artifact else {}
+
+
+def _require_sound(opened: Opened) -> None:
+    """What cannot be read whole is not written anew. Errors: InputError."""
+    held, advice = opened.held, "run `quantpub verify` on it; download or make it again"
+    problems = [*held.problems]
+    if opened.artifact is None:
+        problems += [sentence for rule, sentence in opened.adopted.problems if rule in ("tensors", "readable")]
+    else:
+        opened.decoder.require_whole()
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}", where=held.source.label, next=advice)
+    if not opened.decoder.modules():
+        raise InputError("no module of it is quantized", where=held.source.label, next=advice)
+
+
+def _route(treatment: Treatment, layout: Layout, where: str) -> Route:
+    """For weights of its scheme, of sides that every layout takes. Errors: InputError."""
+    scheme = treatment.scheme
+    reasons = []
+    for conversion, target in [(None, scheme), *routes(scheme)]:
+        for held in _holders(layout, target, treatment.layout):
+            if (reason := _refused(held, target)) is None:
+                return Route(held, target, conversion)
+            reasons.append(reason)
+    others = [name for name, schemes in HOLDS.items() if scheme.name in schemes]
+    advice = f"layouts that hold {scheme.name}: {', '.join(others)}" if others else "no layout that is written holds it"
+    raise InputError(reasons[0], where=where, next=advice)
+
+
+def _holders(layout: Layout, scheme: Scheme, present: Layout) -> list[Layout]:
+    """The layout itself; beside it, in a checkpoint of several schemes, one of the same method, that of the weights first."""
+    beside: list[Layout] = []
+    if layout.group is not None and layout.method == CT:
+        beside = [load(LAYOUTS, "layout", name) for name in LAYOUTS]
+    return [
+        layout,
+        *(each for each in sorted(beside, key=lambda each: each.name != present.name) if _beside(each, layout)),
+    ]
+
+
+def _beside(other: Layout, layout: Layout) -> bool:
+    return other.method == layout.method and other.group is not None and other.name != layout.name
+
+
+def _refused(layout: Layout, scheme: Scheme) -> str | None:
+    n, k = 1024, 1024 * max(1, scheme.group_size)
+    return layout.reject(scheme, n, k, "BF16")
+
+
+def _checkpoint(opened: Opened) -> Checkpoint:
+    held, source = opened.held, opened.held.source
+    lines = [line["shard"] for line in opened.decoder.actions]
+    shards = {shard: held.headers[shard][0] for shard in sorted(set(lines))}
+    config = {key: value for key, value in held.config.items() if key not in QUANTIZATION}
+    if isinstance(inner := config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in inner.items() if key not in QUANTIZATION}
+    companions = tuple(name for name in source.files if is_companion(name))
+    taken = {*companions, *shards, *NOT_COMPANIONS}
+    left = tuple(name for name in source.files if name not in taken and not name.startswith(f"{META}/"))
+    return Checkpoint(source, config, shards, companions, left)
+
+
+def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatment]) -> Action:
+    dtype, (name, shape) = line["dtype"], (line["as"], tuple(line["shape"]))
+    kv: Spec = _kv(line, treatments[0].layout)
+    if line["action"] != QUANTIZE:
+        found = opened.held.info(name)
+        part = Slice(name, line["tensor"], line["shard"], found)
+        kind = SMOOTH if line["action"] == SMOOTH else COPY
+        return Action(kind, part, line["role"], {name: (found.dtype, found.shape)}, line["reason"], kv=kv)
+    part = Slice(name, line["tensor"], line["shard"], TensorInfo(dtype, shape, 0, tensor_bytes(dtype, shape)))
+    treatment, module = treatments[line["treatment"]], name.removesuffix(".weight")
+    spec = treatment.layout.spec(treatment.scheme, *shape, dtype)
+    outputs = {f"{module}.{suffix}": each for suffix, each in spec.items()}
+    return Action(QUANTIZE, part, line["role"], outputs, treatment=line["treatment"], kv=kv)
+
+
+def _kv(line: Mapping[str, Any], layout: Layout) -> Spec:
+    names, cache = line.get("kv", {}), layout.kv_cache
+    attention = str(line["as"]).removesuffix(".weight").rpartition(".")[0]
+    if names and cache is None:
+        what = f"{layout.name} has no place for the scales of its FP8 KV cache"
+        raise InputError(what, where=attention, next="choose a layout of compressed-tensors or ModelOpt")
+    return {cache.name(attention, letter_of(name)): ("F32", cache.shape) for name in names} if cache else {}
+
+
+def _require_held(plan: Plan, opened: Opened) -> None:
+    """Errors: InputError for the first weight that its layout cannot hold, and how many there are."""
+    reasons = []
+    for action in plan.actions:
+        if action.treatment is not None:
+            treatment, (n, k) = plan.treatments[action.treatment], action.part.info.shape
+            if reason := treatment.layout.reject(treatment.scheme, n, k, action.part.info.dtype):
+                reasons.append(f"{action.module}: {reason}")
+    if reasons:
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise InputError(f"{reasons[0]}{more}", where=opened.held.source.label, next="choose another layout")
+
+
+def _recipe(opened: Opened, treatments: Sequence[Treatment], layout: str) -> Recipe:
+    """The recipe of one of ours with the engines of its new layout; of another tool's, what can be said of it."""
+    scheme = treatments[0].scheme
+    engines = {name: layout for name in TARGETS if unloadable(name, layout, scheme.name) is None}
+    if opened.artifact is not None:
+        own = opened.artifact.recipe()
+        changed: dict[str, Any] = {"engines": engines, "description": f"{own.description}; repacked as {layout}"}
+        if own.scheme != scheme.name:
+            changed |= {"scheme": scheme.name, "group_size": _size(scheme)}
+        return own.model_copy(update=changed)
+    if scheme.name not in PRESETS:
+        raise InputError(f"scheme {scheme.name} has no name among ours", where=opened.held.source.label)
+    method = opened.adopted.method
+    return Recipe(
+        name=f"{ADOPTED}-{method.name}",
+        description=f"quantized by {method.tool}, repacked as {layout}",
+        scheme=scheme.name,
+        group_size=_size(scheme),
+        algorithm={"name": ADOPTED, "by": method.tool},
+        kv_cache="fp8" if any(line.get("kv") for line in opened.adopted.lines) else None,
+        engines=engines,
+    )
+
+
+def _size(scheme: Scheme) -> int | None:
+    return None if PRESETS[scheme.name].group_size == scheme.group_size else scheme.group_size
+
+
+def _origin(opened: Opened) -> dict[str, Any]:
+    """Of one of ours the model it was made from; of another tool's, itself and what its card says of its base."""
+    if opened.artifact is not None:
+        return dict(_run(opened)["source"])
+    source = opened.held.source
+    card = front_matter(source.read("README.md").decode("utf-8", "replace")) if "README.md" in source.files else {}
+    base = card.get("base_model")
+    stated = {"base_model": base} if isinstance(base, str) else {}
+    return {**source.identity(), "quantized_by": opened.adopted.method.tool, **stated}

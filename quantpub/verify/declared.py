@@ -1,0 +1,82 @@
+"""Rules about what a checkpoint declares: whether engines parse it, find every module by it, and what it says of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantpub.ct_config import ct_problems, problems_of_method
+from quantpub.kv_cache import ATTENTION
+from quantpub.kv_check import kv_problems, scale_of
+from quantpub.layouts.base import CT
+from quantpub.lookup import method_of, name_problems
+from quantpub.lookup_names import engine_modules
+from quantpub.tp_cut import tp_table
+from quantpub.verify.base import Finding, Subject, failed, first
+from quantpub.verify.left_out import left_out
+
+ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")  # a sentence that begins so is about what that engine does not load
+
+
+def parses(subject: Subject) -> Finding:
+    """Known failure: a config of a newer tool that the engine's pinned library refuses, or one that engines read otherwise."""
+    stated = subject.stated
+    nested = subject.held.json("hf_quant_config.json") or None
+    problems = ct_problems(stated) if method_of(stated) == CT else problems_of_method(stated, nested)
+    problems += _beside(stated, subject.held.json("quantize_config.json"), "quantize_config.json")
+    refused = [] if subject.ours else [problem for problem in problems if problem.startswith(ENGINES)]
+    said = f"; refused by {'; '.join(refused)}" if refused else ""
+    return first(
+        [problem for problem in problems if problem not in refused],
+        f"{method_of(stated)}: well-formed{said}",
+    )
+
+
+def _beside(stated: Mapping[str, Any], other: Mapping[str, Any], name: str) -> list[str]:
+    """What the file beside config.json says otherwise: engines differ in which of the two they read."""
+    keys = ("group_size", "bits", "sym", "desc_act", "checkpoint_format")
+    pairs = [(key, stated.get(key), other.get(key)) for key in keys if key in stated and key in other]
+    return [f"{name} says {key} = {theirs}, config.json {ours}" for key, ours, theirs in pairs if ours != theirs]
+
+
+def names(subject: Subject) -> Finding:
+    """Known failure: names that engines resolve differently, or a pattern that reaches more than was meant."""
+    config, fused = subject.held.text_config, subject.decoder.family().fused
+    missed = left_out(subject)
+    plain = [module for module in subject.plain if module not in missed]
+    problems = name_problems(subject.stated, subject.quantized, plain, fused, str(config.get("model_type", "")))
+    modules = len(engine_modules([*subject.quantized, *plain], fused))
+    return first(problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them")
+
+
+def kv_cache(subject: Subject) -> Finding:
+    """Known failure: a declared FP8 cache without calibrated scales, which clips keys and values."""
+    held = subject.held
+    scales = [name for name in held.place if scale_of(name)]
+    values = {name: float(held.tensor(name)) if held.info(name).nbytes <= 8 else None for name in scales}
+    attentions = {found[0] for line in subject.decoder.actions if (found := ATTENTION.match(str(line["as"])))}
+    problems = kv_problems(subject.stated, values, sorted(attentions))
+    return first(problems, f"{len(scales)} scales" if scales else "none is declared")
+
+
+def tensor_parallel(subject: Subject) -> Finding:
+    """Known failure: a group or block that a GPU's share would cut through, found out when it is served."""
+    decoder = subject.decoder
+    parts = {
+        module: (t.scheme, t.layout, n, k) for module, (n, k) in decoder.modules() for t in [decoder.treated(module)]
+    }
+    table = tp_table(parts, decoder.family(), subject.held.text_config)
+    said = {str(size): reasons[0] if reasons else "ok" for size, reasons in table.items()}
+    subject.figures["tensor_parallel"] = said
+    asked = subject.tp or 1
+    problems = [f"it cannot be cut for {asked} GPUs: {table[asked][0]}"] if table.get(asked) else []
+    if asked not in table:
+        return failed(f"{subject.tp} GPUs are not one of {', '.join(said)}")
+    if subject.ours:
+        recorded = subject.artifact.run()["stages"]["quantize"].get("tensor_parallel", {})
+        problems += [
+            f"run.json says of {size} GPUs {recorded[size]}, the tensors {found}"
+            for size, found in said.items()
+            if recorded.get(size, found) != found
+        ]
+    return first(problems, "; ".join(f"{size}: {'yes' if found == 'ok' else 'no'}" for size, found in said.items()))

@@ -1,0 +1,69 @@
+"""What another tool folded into a model before it quantized it: found by holding the checkpoint against its source.
+
+AWQ and SmoothQuant scale channels: a norm, or the rows of a linear, are divided by s, and the columns of what reads them
+multiplied. Nothing in the checkpoint says so. s is read off the norm, or from each row's projection on the source's, and what
+it should have made of the readers is then what their weights are compared with: a factor that was folded on one side only
+stays visible there.
+
+Legend: N rows, K columns, F factors of a fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantpub.checkpoint import Slice, read_slice
+from quantpub.folds import NORM, Fold, folds
+from quantpub.qtensor import dequantize
+from quantpub.smoothing import Smoothing
+
+if TYPE_CHECKING:
+    from quantpub.verify.base import Subject
+
+NOISE = 0.05  # of a factor: what rounding weights makes of 1
+
+
+def folded(subject: Subject, parts: Mapping[str, Slice]) -> Smoothing | None:
+    """The factors found, or None. parts: the tensors of the source."""
+    config = subject.held.text_config
+    shapes = {str(line["as"]): tuple(line["shape"]) for line in subject.decoder.actions}
+    found = [fold for fold in folds(str(config.get("model_type")), config, shapes) if _there(fold, shapes, parts)]
+    s: dict[str, torch.Tensor] = {}
+    smoothing = Smoothing(found, s)
+    for fold in sorted(found, key=lambda fold: fold.kind != NORM):
+        s_F = _of_norm(subject, fold, parts) if fold.kind == NORM else _of_rows(subject, fold, parts, smoothing)
+        if s_F is not None and bool((s_F.log().abs() > NOISE).any()):
+            s[fold.source] = s_F
+    return smoothing if s else None
+
+
+def _there(fold: Fold, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Slice]) -> bool:
+    names = (f"{fold.source}.weight", *(f"{reader}.weight" for reader in fold.readers))
+    return all(name in parts and shapes.get(name) == parts[name].info.shape for name in names)
+
+
+def _of_norm(subject: Subject, fold: Fold, parts: Mapping[str, Slice]) -> torch.Tensor | None:
+    name, one = f"{fold.source}.weight", float(fold.less_one)
+    before, after = _weight(subject, parts[name]).float() + one, subject.decoder.tensor(name).float() + one
+    sound = (before * after > 0) & torch.isfinite(after)
+    return torch.where(sound, before / after, torch.ones_like(before))
+
+
+def _of_rows(subject: Subject, fold: Fold, parts: Mapping[str, Slice], smoothing: Smoothing) -> torch.Tensor | None:
+    """By rows: what of the source, its columns folded already, lies along what was found."""
+    if fold.source not in subject.quantized:
+        return None
+    name = f"{fold.source}.weight"
+    before = smoothing.apply(name, _weight(subject, parts[name]).float())[fold.rows()]
+    after = dequantize(subject.decoder.qtensor(fold.source))[fold.rows()]
+    s_F = (before * after).sum(1) / after.square().sum(1)
+    s_F = torch.where(torch.isfinite(s_F) & (s_F > 0), s_F, torch.ones_like(s_F))
+    return s_F if float(s_F.log().abs().median()) > NOISE else None
+
+
+def _weight(subject: Subject, part: Slice) -> torch.Tensor:
+    assert subject.source is not None
+    return read_slice(subject.source.source, part)

@@ -17,6 +17,7 @@ No file holds a time, a host name or a local path: the same inputs give the same
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ META = ".quantpub"
 SUMS = f"{META}/SHA256SUMS"
 CALIBRATION, SMOOTHING = "calibration.json", "smoothing.safetensors"
 JOURNAL = ("shard", "sha256", "source_sha256")
+DOWNLOADED = re.compile(r"\.gitattributes|\.cache/huggingface/.*")
 
 
 class Artifact:
@@ -193,7 +195,10 @@ class Artifact:
             raise InputError("damaged: it does not hold what quantpub wrote", where=str(path), next=advice) from None
 
     def damage(self) -> list[str]:
-        """Files that are missing or whose bytes differ from SHA256SUMS, and files that it does not list."""
-        sums, present = self.sums(), set(self.files())
+        """Files that are missing or whose bytes differ from SHA256SUMS, and files that it does not list.
+
+        What the Hub and its client add to a download is not counted.
+        """
+        sums, present = self.sums(), {name for name in self.files() if not DOWNLOADED.fullmatch(name)}
         changed = [name for name, digest in sums.items() if name in present and sha256_file(self.path / name) != digest]
         return sorted([*changed, *(set(sums) - present), *(present - set(sums))])

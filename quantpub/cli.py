@@ -117,7 +117,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into DIR, shard by shard. Run the same command again after an interruption: it resumes."""
     from quantpub.calibrating import Asked, calibrate
-    from quantpub.destination import require_free
+    from quantpub.claims import require_free
     from quantpub.plan import require_runnable
     from quantpub.quantize import quantize as run
     from quantpub.quantize import require_device
@@ -239,7 +239,9 @@ def publish(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, schemes, algorithms, layouts, kernels or engines")],
+    what: Annotated[
+        str, typer.Argument(help="recipes, schemes, algorithms, layouts, kernels, engines, rules or failures")
+    ],
     format: FormatOpt = "auto",
     json: JsonOpt = False,
 ) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantpub.errors import GateError, UsageError
 from quantpub.options import FormatOpt, JsonOpt, RevisionOpt, out
+
+if TYPE_CHECKING:
+    from quantpub.artifact import Artifact
+    from quantpub.opened import Opened
 
 
 def verify(
@@ -34,20 +38,25 @@ def verify(
 ) -> None:
     """Check names, bytes, shapes, config, scales and values; with --engine, load it there and compare with its base."""
     _require(engine, engine_python)
+    from quantpub.opened import Opened
     from quantpub.show import show_checks
     from quantpub.verify.run import failures, remedy
     from quantpub.verify.run import verify as run
 
-    opened = _opened(checkpoint, revision)
+    weights = download or Path(checkpoint).is_dir()
+    opened = _opened(checkpoint, revision, weights)
+    if engine and not weights and isinstance(opened, Opened):
+        raise _too_much(opened)
 
     def load() -> dict[str, Any]:
         from quantpub.verify.engine import in_engine
 
         return in_engine(opened, source, str(engine), engine_python, download)
 
-    weights = download or Path(checkpoint).is_dir()
     with out.bar("verifying", 0) as advance:
         evidence = run(opened, source, advance, weights=weights, tp=tp, engine=load if engine else None)
+    if isinstance(opened, Opened):
+        evidence = {"checkpoint": opened.held.source.identity(), **evidence}
     ok = evidence["verdict"] != "failed"
     out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=ok)
     if failed := failures(evidence):
@@ -61,13 +70,23 @@ def _require(engine: str | None, python: str | None) -> None:
         raise UsageError("--engine-python goes with --engine", next="name the engine, as --engine vllm")
 
 
-def _opened(checkpoint: str, revision: str | None) -> Any:
-    """One of ours in a folder as an artifact, which keeps the evidence; anything else opened."""
+def _opened(checkpoint: str, revision: str | None, whole: bool) -> Artifact | Opened:
+    """One of ours in a folder as an artifact, which keeps the evidence; anything else opened.
+
+    The Hub's cache is not written to. whole: whether weights of one on the Hub may be fetched.
+    """
     from quantpub.artifact import META, Artifact
     from quantpub.opened import open_quantized
+    from quantpub.sources import cached_repo
 
     folder = Path(checkpoint)
-    if not revision and (folder / META / "run.json").is_file():
+    if not revision and (folder / META / "run.json").is_file() and cached_repo(folder) is None:
         return Artifact.open(folder)
     with out.working("reading headers"):
-        return open_quantized(checkpoint, revision)
+        return open_quantized(checkpoint, revision, whole)
+
+
+def _too_much(opened: Opened) -> UsageError:
+    held = opened.held
+    size = sum(held.source.files[shard] for shard in held.headers) / 1e9
+    return UsageError("an engine needs the weights", where=held.source.label, next=f"add --download, for {size:.2f} GB")

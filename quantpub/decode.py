@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from quantpub.algorithms import ADOPTED
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import read_tensor
 from quantpub.errors import InputError, QuantpubError, closest
-from quantpub.families import FAMILIES, Family
+from quantpub.families import FAMILIES, GENERIC, Family
 from quantpub.kv_cache import letter_of
 from quantpub.layouts.base import Config, Tensors
 from quantpub.qtensor import QTensor
@@ -72,8 +73,10 @@ class Decoder:
         return unquantized(copied, self.family())
 
     def family(self) -> Family:
-        """Errors: InputError when config.json names no known architecture."""
+        """Errors: InputError when config.json names no known architecture; of what another tool quantized any will do."""
         model_type = self.artifact.config().get("model_type")
+        if model_type not in FAMILIES and all(t.algorithm["name"] == ADOPTED for t in self.treatments):
+            return GENERIC
         if model_type not in FAMILIES:
             where = str(self.artifact.path / "config.json")
             raise InputError(

@@ -14,7 +14,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from quantpub import __version__
 from quantpub.artifact import CALIBRATION, META, SMOOTHING, SUMS, Artifact
 from quantpub.calibrated import Calibrated
 from quantpub.checkpoint import INDEX
+from quantpub.claims import ELSEWHERE, begun, taken
 from quantpub.errors import ConflictError, UnavailableError
-from quantpub.files import TEMPORARY, disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
+from quantpub.files import disk_errors, dump_json, sha256_file, sweep_temporaries, write_point
 from quantpub.plan import Plan
 from quantpub.plan_engines import engines_of
 from quantpub.plan_facts import summary
@@ -47,7 +49,6 @@ RECORDED = (
     "notes",
 )
 OWN = (f"{META}/recipe.yaml", f"{META}/plan.jsonl", f"{META}/journal.jsonl")
-ELSEWHERE = "choose another folder with -o"
 
 
 class Destination:
@@ -58,7 +59,8 @@ class Destination:
         self.plan, self.artifact = plan, Artifact(folder)
         self.digest = plan.digest()
         self.finished: set[str] = set()
-        self._writer: ShardWriter | None = None
+        self._writers: dict[str, ShardWriter] = {}
+        self._opening = threading.Lock()
         self._locked: int | None = None
         with disk_errors(folder):
             claimed = self._claimed()
@@ -69,9 +71,9 @@ class Destination:
 
     def _claimed(self) -> bool:
         """Whether the folder belongs to this digest (True) or to nothing yet (False)."""
-        run = _begun(self.artifact)
+        run = begun(self.artifact)
         if run is not None and run.get("digest") != self.digest:
-            raise _taken(self.artifact, run)
+            raise taken(self.artifact, run)
         return run is not None
 
     def _is_complete(self) -> bool:
@@ -100,14 +102,14 @@ class Destination:
 
         shared: where a shard's bytes hang on weights of other shards, the digest of what they share; it too must be as it was.
         """
-        path, source = self.artifact.path, self.plan.checkpoint.source
+        path = self.artifact.path
         return {
             shard: entry
             for shard, entry in self.artifact.journal_entries().items()
             if shard in self.plan.shards
             and (path / shard).is_file()
             and sha256_file(path / shard) == entry["sha256"]
-            and source.sha256(shard) == entry["source_sha256"]
+            and entry["source_sha256"] in self.plan.source_digests(shard)
             and (shared is None or entry.get("shared") == shared)
         }
 
@@ -188,18 +190,35 @@ class Destination:
         return not self.complete and shard not in self.finished
 
     def add(self, shard: str, outputs: dict[str, memoryview], offset: int) -> None:
-        """Put output tensors, or pieces of them, in their places in the shard being written."""
-        if self._writer is None:
-            self._writer = ShardWriter(self.artifact.path / shard, self.plan.outputs(shard), self.plan.metadata)
+        """Put output tensors, or pieces of them, in their places in a shard being written. From any thread."""
+        writer = self._writer(shard)
         for name, data in outputs.items():
-            self._writer.write(name, data, offset)
+            writer.write(name, data, offset)
+
+    def _writer(self, shard: str) -> ShardWriter:
+        with self._opening:
+            if shard not in self._writers:
+                path = self.artifact.path / shard
+                self._writers[shard] = ShardWriter(path, self.plan.outputs(shard), self.plan.metadata)
+            return self._writers[shard]
+
+    def copy(self, shard: str, name: str, path: Path, start: int, nbytes: int, offset: int = 0) -> None:
+        """Put (a piece of) a tensor in its place, straight from a file of the source."""
+        with path.open("rb", buffering=0) as f:
+            self._writer(shard).copy(name, f.fileno(), start, nbytes, offset)
 
     def commit(self, shard: str, source_sha256: str) -> None:
-        self.add(shard, {}, 0)  # a shard without tensors is a file too
-        assert self._writer is not None
-        line = {"shard": shard, "sha256": self._writer.commit(), "source_sha256": source_sha256}
+        self.closed(shard)(source_sha256)
+
+    def closed(self, shard: str) -> Callable[[str], None]:
+        """What commits this shard, once its source's sha256 is known; the next one can be written meanwhile."""
+        writer = self._writer(shard)  # a shard without tensors is a file too
+        del self._writers[shard]
+        return lambda source_sha256: self._journal(shard, writer.commit(), source_sha256)
+
+    def _journal(self, shard: str, sha256: str, source_sha256: str) -> None:
+        line = {"shard": shard, "sha256": sha256, "source_sha256": source_sha256}
         line |= {"shared": self._shared} if self._shared else {}
-        self._writer = None
         path = self.artifact.meta / "journal.jsonl"
         with disk_errors(path), path.open("a") as f:
             write_point("journal")
@@ -216,7 +235,10 @@ class Destination:
                 "keep it unchanged and run the same command again",
             )
             raise UnavailableError(what, where=self.plan.checkpoint.source.label, next=advice)
-        self._write_journal(self.artifact.journal_entries())
+        entries = self.artifact.journal_entries()
+        if self.plan.origin is not None:
+            entries = {s: line | {"source_sha256": self.plan.source_digests(s)[-1]} for s, line in entries.items()}
+        self._write_journal(entries)
         for name in self.plan.checkpoint.companions:
             self.artifact.write(name, self.plan.checkpoint.source.read(name))
         if self.plan.checkpoint.indexed:
@@ -233,9 +255,8 @@ class Destination:
 
     def abandon(self) -> None:
         """Leave no half-written shard."""
-        if self._writer is not None:
-            self._writer.abandon()
-            self._writer = None
+        while self._writers:
+            self._writers.popitem()[1].abandon()
 
     def remove(self) -> None:
         """Take back what this run wrote: its input can never be finished. What a former run left stays."""
@@ -264,37 +285,3 @@ class Destination:
             "layout": self.plan.layout.name,
             **record,
         }
-
-
-def folders(plans: Sequence[Plan], out: Path) -> list[Path]:
-    """Where each plan's artifact goes: a single one into `out` itself, several into `out/<layout>`."""
-    return [out if len(plans) == 1 else out / plan.layout.name for plan in plans]
-
-
-def require_free(plans: Sequence[Plan], out: Path) -> None:
-    """What can be told of the folders before a calibration, which takes long. Errors: ConflictError, UnavailableError."""
-    for plan, folder in zip(plans, folders(plans, out), strict=True):
-        with disk_errors(folder):
-            run = _begun(Artifact(folder))
-        ours = plan.recipe.digest(), plan.layout.name
-        if run is not None and (run.get("recipe_sha256"), run.get("layout")) != ours:
-            raise _taken(Artifact(folder), run)
-
-
-def _begun(artifact: Artifact) -> dict[str, Any] | None:
-    """run.json of the folder, None where there is nothing yet. Errors: ConflictError when it holds anything else."""
-    path = artifact.path
-    if os.path.lexists(path) and not path.is_dir():
-        raise ConflictError("a file of this name exists", where=str(path), next=ELSEWHERE)
-    if artifact.has("run.json"):
-        return artifact.run()
-    found = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY))
-    if held := next(found, None):
-        raise ConflictError(f"the folder holds something else ({held.name})", where=str(path), next=ELSEWHERE)
-    return None
-
-
-def _taken(artifact: Artifact, run: Mapping[str, Any]) -> ConflictError:
-    name = run.get("source", {}).get("name") or run.get("source", {}).get("repo")
-    held = f"{name}, recipe {run.get('recipe')}, layout {run.get('layout')}, or an older state of the same source"
-    return ConflictError(f"the folder holds another artifact ({held})", where=str(artifact.path), next=ELSEWHERE)

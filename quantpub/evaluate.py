@@ -248,9 +248,10 @@ def _separator(checkpoint: Checkpoint) -> int | None:
 
 
 def _is_source(artifact: Artifact, checkpoint: Checkpoint) -> bool:
-    """Whether the baseline's shards are, by sha256, those that the artifact was made from."""
-    made_from = {shard: entry["source_sha256"] for shard, entry in artifact.journal_entries().items()}
-    return made_from == {shard: checkpoint.source.sha256(shard) for shard in checkpoint.shards}
+    """Whether the baseline's shards are, by sha256, those that the artifact was made from, repacked or not."""
+    journal = {shard: entry["source_sha256"] for shard, entry in artifact.journal_entries().items()}
+    made_from = artifact.run()["source"].get("weights") or journal
+    return bool(made_from == {shard: checkpoint.source.sha256(shard) for shard in checkpoint.shards})
 
 
 def _activations(model: ArtifactModel) -> dict[str, Any]:

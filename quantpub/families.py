@@ -259,3 +259,18 @@ REFUSED: dict[str, str] = {
     "granitemoe": "its experts are 3-D parameters that engines split by themselves; their names for them, quantized, were "
     "not established",
 }
+# For architectures that are not known by name, of checkpoints that other tools quantized: what is quantized is a linear, the
+# rest is told by its ending. Nothing is quantized anew by it, and engines merge the same linears in almost every decoder
+GENERIC = Family(
+    "generic",
+    (
+        (r".*\.(embed_tokens|wte|word_embeddings|embed_positions|position_embedding|patch_embed.*)\.weight", EMBEDDING),
+        (r"(.*\.)?(lm_head|output_layer)\.weight", HEAD),
+        (r".*norm\w*(\.\d+)?\.(weight|bias)", NORM),
+        (r".*\.(gate|router|shared_expert_gate|wg)\.weight", ROUTER),
+        (r".*bias", BIAS),
+        (r".*\.weight", LINEAR),
+        (r".*", BUFFER),
+    ),
+    row_parallel=r".*\.(o_proj|out_proj|down_proj|w2|c_proj|dense_4h_to_h)",
+)

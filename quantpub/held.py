@@ -87,9 +87,12 @@ class Held:
         return value if isinstance(value, dict) else {}
 
 
-def open_held(model: str, revision: str | None = None) -> Held:
-    """A folder or Hub id. Errors: InputError when there is no config.json or no weights; AuthError, UnavailableError."""
-    source = open_source(model, revision)
+def open_held(model: str, revision: str | None = None, whole: bool = True) -> Held:
+    """A folder or Hub id. whole: of one on the Hub, whether its weights will be wanted: then files are fetched, once each.
+
+    Errors: InputError when there is no config.json or no weights; AuthError, UnavailableError.
+    """
+    source = open_source(model, revision, whole)
     config = read_config(source)
     index, problems = _index(source)
     names = sorted({name for name in source.files if name.endswith(SUFFIX) and "/" not in name})

@@ -51,14 +51,28 @@ def _algorithms() -> dict[str, str]:
 
 def _layouts() -> dict[str, str]:
     from quantpub.layouts import KERNEL_LAYOUTS, LAYOUTS
+    from quantpub.pairs import clause
 
-    return _summaries(LAYOUTS) | _summaries(KERNEL_LAYOUTS)
+    held = {name: f"{entry.summary}; {clause(name)}" for name, entry in LAYOUTS.items()}
+    return held | _summaries(KERNEL_LAYOUTS)
 
 
 def _kernels() -> dict[str, str]:
     from quantpub.kernels import KERNELS
 
     return _summaries(KERNELS)
+
+
+def _rules() -> dict[str, str]:
+    from quantpub.verify import RULES
+
+    return _summaries(RULES)
+
+
+def _failures() -> dict[str, str]:
+    from quantpub.failures import FAILURES, caught_by
+
+    return {str(number): f"{failure.what}: {caught_by(failure)}" for number, failure in FAILURES.items()}
 
 
 LISTS: dict[str, Callable[[], dict[str, str]]] = {
@@ -68,4 +82,6 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "layouts": _layouts,
     "kernels": _kernels,
     "engines": _engines,
+    "rules": _rules,
+    "failures": _failures,
 }

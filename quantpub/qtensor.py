@@ -115,5 +115,12 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def _bytes(a: torch.Tensor) -> torch.Tensor:
-    """As stored. A copy: one element alone counts as contiguous whatever its stride, and cannot be viewed as bytes then."""
-    return a.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    """As stored, in words of 8 bytes where they fit: comparing is then eight times as fast.
+
+    One element alone counts as contiguous whatever its stride, and is copied to be viewed as bytes.
+    """
+    a = a.detach()
+    if a.numel() < 2 or not a.is_contiguous():
+        a = a.clone(memory_format=torch.contiguous_format)
+    whole = a.nbytes % 8 == 0 and a.storage_offset() * a.element_size() % 8 == 0
+    return a.view(-1).view(torch.int64 if whole else torch.uint8)

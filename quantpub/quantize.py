@@ -19,7 +19,8 @@ from quantpub.actions import COPY, QUANTIZE, Action
 from quantpub.algorithms.base import Algorithm
 from quantpub.calibrated import Calibrated, calibrated
 from quantpub.checkpoint import ShardReader
-from quantpub.destination import Destination, folders
+from quantpub.claims import folders
+from quantpub.destination import Destination
 from quantpub.errors import InputError, QuantpubError, UsageError
 from quantpub.memory import give_back, keep_freed_memory
 from quantpub.plan import Plan, require_runnable

@@ -2,19 +2,19 @@
 
     read → unpack (one layout) → convert, where the other does not hold the scheme → pack → unpack again and compare
 
-A worker takes one module at a time through all of it; the caller writes and commits shard after shard, while another thread
-hashes the source. Every module's proof is a line of `.quantpub/repack.jsonl`: `equal` says that what was written reads back
-as the very codes, scales and zeros that were read, so that the weights are the same bits (law 1); `rounded` that a number
-was not expressible to float32's last bit; `lost` how much of the weight's norm a conversion took.
+A worker takes one module at a time through all of it, from the source's file into the shard; shards are committed in a thread
+of its own, while workers are at the next. Every module's proof is a line of `.quantpub/repack.jsonl`: `equal` says that what
+was written reads back as the very codes, scales and zeros that were read, so that the weights are the same bits (law 1);
+`rounded` that a number was not expressible to float32's last bit; `lost` how much of the weight's norm a conversion took.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +23,32 @@ import torch
 from quantpub.actions import QUANTIZE, Action
 from quantpub.artifact import CALIBRATION, META
 from quantpub.calibrated import Calibrated
-from quantpub.conversions import convert, loss
 from quantpub.destination import Destination
-from quantpub.errors import GateError, InputError, QuantpubError
-from quantpub.files import disk_errors
+from quantpub.errors import GateError, InputError, QuantpubError, UnavailableError
+from quantpub.files import dump_json
 from quantpub.kv_cache import letter_of
 from quantpub.memory import give_back, keep_freed_memory
 from quantpub.plan_facts import WORKERS
-from quantpub.qtensor import QTensor, same
-from quantpub.repacking import Repack, Route
+from quantpub.relay import Side, Unlike, relay
+from quantpub.repack_proof import Proof, Proofs, Tally
+from quantpub.repacking import Repack
 from quantpub.shards import raw_bytes
-from quantpub.stages import background, concurrently
+from quantpub.sources import Source
+from quantpub.stages import concurrently
 
-AHEAD = 64 << 20  # bytes that workers may be ahead of the writer
-PIECE = 32 << 20  # tensors that are only copied travel in pieces of this many bytes
+PIECE = 64 << 20  # tensors that are only copied travel in pieces of this many bytes
 SAMPLED = 16  # modules whose loss is measured before it is accepted
-PROOFS = "repack.jsonl"
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Of one module. equal: bit for bit. rounded, lost: relative norms of what changed."""
-
-    module: str
-    equal: bool
-    rounded: float = 0.0
-    lost: float = 0.0
-
-    def as_json(self) -> dict[str, Any]:
-        return {"module": self.module, "equal": self.equal, "rounded": self.rounded, "lost": self.lost}
-
-
-@dataclass
-class Made:
-    """What a worker made of one action, from `offset` on: tensors by name. action None: the end of a shard."""
+class Done:
+    """What a worker wrote of one action: so many bytes, and the proof of a weight. action None: the end of a shard."""
 
     shard: str
     action: Action | None
-    offset: int = 0
-    outputs: dict[str, memoryview] = field(default_factory=dict)
+    nbytes: int = 0
     proof: Proof | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(view.nbytes for view in self.outputs.values())
 
 
 def repack(repack: Repack, out: Path, accept_loss: bool = False, progress: Progress = lambda _: None) -> dict[str, Any]:
@@ -104,21 +85,20 @@ def _run(repack: Repack, destination: Destination, progress: Progress) -> None:
     give_back()
     keep_freed_memory()
     proofs = Proofs(destination)
+    states = {shard: repack.opened.held.source.state(shard) for shard in repack.plan.shards}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = background(
-        concurrently(_actions(repack, destination), lambda item: _worked(repack, *item), WORKERS),
-        lambda m: m.nbytes,
-        AHEAD,
-    )
+    done = concurrently(_actions(repack, destination), lambda item: _worked(repack, destination, *item), WORKERS + 1)
     try:
-        with contextlib.closing(made), ThreadPoolExecutor(1) as pool:
-            _write(repack, destination, made, pool, proofs, progress)
+        with contextlib.closing(done), ThreadPoolExecutor(1) as closing:
+            _commit(repack, destination, done, Behind(closing), states, proofs, progress)
     finally:
         destination.abandon()
         torch.set_num_threads(threads)
+    run = destination.artifact.run()
+    stages = {"stages": {**run["stages"], "repack": proofs.summary(repack)}}  # before the folder counts as finished
+    destination.artifact.write(f"{META}/run.json", dump_json(run | stages))
     destination.end("cpu", Carried.of(repack))
-    destination.artifact.record("repack", proofs.summary(repack))
 
 
 def _actions(repack: Repack, destination: Destination) -> Generator[tuple[str, Action | None, int], None, None]:
@@ -132,55 +112,35 @@ def _actions(repack: Repack, destination: Destination) -> Generator[tuple[str, A
 
 
 @torch.inference_mode()
-def _worked(repack: Repack, shard: str, action: Action | None, offset: int) -> Made:
+def _worked(repack: Repack, destination: Destination, shard: str, action: Action | None, offset: int) -> Done:
+    """One module, or a piece of a tensor that is only copied, from the source's file into the shard."""
     if action is None:
-        return Made(shard, None)
-    scales = _kv(repack, action) if offset == 0 else {}
+        return Done(shard, None)
+    if offset == 0:
+        destination.add(shard, _kv(repack, action), 0)
     if action.kind == QUANTIZE:
         tensors, proof = _repacked(repack, action)
-        return Made(shard, action, 0, tensors | scales, proof)
-    info = action.part.info
-    data = repack.opened.held.source.span(shard, info.start + offset, min(PIECE, info.nbytes - offset))
-    return Made(shard, action, offset, {action.part.name: data} | scales)
+        destination.add(shard, tensors, 0)
+        return Done(shard, action, sum(view.nbytes for view in tensors.values()), proof)
+    info, path = action.part.info, repack.opened.held.source.path(action.part.shard)
+    nbytes = min(PIECE, info.nbytes - offset)
+    destination.copy(shard, action.part.name, path, info.start + offset, nbytes, offset)
+    return Done(shard, action, nbytes)
 
 
 def _repacked(repack: Repack, action: Action) -> tuple[dict[str, memoryview], Proof]:
     assert action.treatment is not None
-    module, route = action.module, repack.routes[action.treatment]
-    before = repack.decoder.qtensor(module)
-    after, proof = _through(module, before, route)
-    tensors = route.layout.pack(after)
-    back = route.layout.unpack(tensors, route.scheme, after.shape)
-    if not same(back, after):
-        what = f"{module} does not read back as it was written in {route.layout.name}"
-        raise InputError(
-            what, where=repack.opened.held.source.label, next="run `quantpub verify` on it; please report this"
-        )
-    return {f"{module}.{suffix}": raw_bytes(tensor) for suffix, tensor in tensors.items()}, proof
-
-
-def _through(module: str, before: QTensor, route: Route) -> tuple[QTensor, Proof]:
-    """The weight as the layout will hold it. Errors: InputError when its numbers have no place in the other scheme."""
-    after, lost = before, 0.0
-    if route.conversion is not None:
-        try:
-            after = convert(before, route.conversion, route.scheme)
-        except ValueError as reason:
-            what = f"{reason}, and {route.layout.name} has no place for them"
-            raise InputError(what, where=module, next="choose a layout that holds zeros, as ct-pack or awq") from None
-        lost = loss(before, after)
-    held = route.layout.nearest(after)
-    rounded = 0.0 if held is after else _change(after, held)
-    return held, Proof(module, lost == 0 and rounded == 0, rounded, lost)
-
-
-def _change(before: QTensor, after: QTensor) -> float:
-    """By how much global scales moved, the largest relative change."""
-    pairs = [(before.global_scale, after.global_scale), (before.input_scale, after.input_scale)]
-    return max(
-        (float(((a.double() - b.double()) / a.double()).abs()) for a, b in pairs if a is not None and b is not None),
-        default=0.0,
-    )
+    module, route, decoder = action.module, repack.routes[action.treatment], repack.decoder
+    treatment, (n, k) = decoder.treated(module), action.part.info.shape
+    spec = {name.removeprefix(f"{module}."): each for name, each in action.outputs.items()}
+    tally = Tally(module, route)
+    sides = Side(treatment.layout, treatment.scheme), Side(route.layout, route.scheme)
+    try:
+        tensors = relay(decoder.packed(module), *sides, (n, k), spec, tally.through)
+    except Unlike:
+        what, where = f"{module} does not read back as it was written", repack.opened.held.source.label
+        raise InputError(what, where=where, next="run `quantpub verify` on it; please report this") from None
+    return {f"{module}.{suffix}": raw_bytes(tensor) for suffix, tensor in tensors.items()}, tally.proof()
 
 
 def _kv(repack: Repack, action: Action) -> dict[str, memoryview]:
@@ -191,74 +151,50 @@ def _kv(repack: Repack, action: Action) -> dict[str, memoryview]:
     return {name: raw_bytes(scales[letter_of(name)].float().reshape(shape)) for name, (_, shape) in action.kv.items()}
 
 
-def _write(
+def _commit(
     repack: Repack,
     destination: Destination,
-    made: Generator[Made, None, None],
-    pool: ThreadPoolExecutor,
+    done: Generator[Done, None, None],
+    behind: Behind,
+    states: Mapping[str, str],
     proofs: Proofs,
     progress: Progress,
 ) -> None:
-    """Beside it the source shard is hashed, once, in a thread of its own."""
+    """Shard by shard, once all of it is written; meanwhile workers are at the next."""
     source = repack.opened.held.source
-    hashed: dict[str, Future[str]] = {}
-    for item in made:
-        if item.shard not in hashed:
-            hashed[item.shard] = pool.submit(source.sha256, item.shard)
+    for item in done:
         if item.action is None:
             proofs.keep(item.shard)
-            destination.commit(item.shard, hashed[item.shard].result())
-            continue
-        destination.add(item.shard, item.outputs, item.offset)
+            _require_unchanged(source, item.shard, states[item.shard])
+            behind.end(partial(destination.closed(item.shard), states[item.shard]))
         if item.proof is not None:
             proofs.add(item.proof)
         progress(item.nbytes)
+    behind.wait()
 
 
-class Proofs:
-    """The lines of repack.jsonl: written before the shard they speak of, so that a rerun finds those of finished ones."""
+def _require_unchanged(source: Source, shard: str, state: str) -> None:
+    """Errors: UnavailableError when a shard that was read is not what it was before."""
+    if source.state(shard) != state:
+        advice = "keep it unchanged and run the same command again"
+        raise UnavailableError("the file changed while it was read", where=source.where(shard), next=advice)
 
-    def __init__(self, destination: Destination) -> None:
-        self._destination, self._open = destination, list[Proof]()
-        self._by_shard = {shard: lines for shard, lines in self._read().items() if shard in destination.finished}
 
-    def _read(self) -> dict[str, list[dict[str, Any]]]:
-        path = self._destination.artifact.meta / PROOFS
-        if not path.is_file():
-            return {}
-        try:
-            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            return {line["shard"]: line["modules"] for line in lines}
-        except (ValueError, KeyError, TypeError):
-            return {}
+class Behind:
+    """Committing a shard while the next one is written. One at a time: two of them are then in the page cache, unwritten."""
 
-    def add(self, proof: Proof) -> None:
-        self._open.append(proof)
+    def __init__(self, closing: Executor) -> None:
+        self._closing = closing
+        self._closed: list[Future[None]] = []
 
-    def keep(self, shard: str) -> None:
-        self._by_shard[shard] = [proof.as_json() for proof in self._open]
-        self._open = []
-        order = [name for name in self._destination.plan.shards if name in self._by_shard]
-        text = "".join(json.dumps({"shard": name, "modules": self._by_shard[name]}) + "\n" for name in order)
-        with disk_errors(self._destination.artifact.meta / PROOFS):
-            self._destination.artifact.write(f"{META}/{PROOFS}", text.encode())
+    def end(self, commit: Callable[[], None]) -> None:
+        self.wait()
+        self._closed.append(self._closing.submit(commit))
 
-    def summary(self, repack: Repack) -> dict[str, Any]:
-        """What run.json says of the whole repack."""
-        proofs = [proof for lines in self._by_shard.values() for proof in lines]
-        worst = max(proofs, key=lambda proof: float(proof["lost"]), default=None)
-        lossy = [{"name": c.name, "note": c.note} for c in repack.conversions]
-        return {
-            "from": {
-                "layouts": sorted({t.layout.name for t in repack.decoder.treatments}),
-                **repack.opened.held.source.identity(),
-            },
-            "modules": len(proofs),
-            "equal": sum(proof["equal"] for proof in proofs),
-            "rounded": max((proof["rounded"] for proof in proofs), default=0.0),
-            "conversions": lossy,
-            "lost": {"max": worst["lost"], "worst": worst["module"]} if lossy and worst else None,
-        }
+    def wait(self) -> None:
+        """Errors: whatever committing raised."""
+        while self._closed:
+            self._closed.pop().result()
 
 
 class Carried(Calibrated):
@@ -284,6 +220,8 @@ def require_lossless(repack: Repack) -> None:
     places = [a for a in repack.plan.actions if a.treatment is not None and repack.routes[a.treatment].conversion]
     step = max(1, len(places) // SAMPLED)
     found = [(a.module, _lost(repack, a)) for a in places[::step][:SAMPLED]]
+    if all(lost == 0 for _, lost in found) and not all(conversion.exact for conversion in repack.conversions):
+        found = _until_lost(repack, places)
     module, worst = max(found, key=lambda each: each[1])
     if worst == 0:
         return
@@ -297,7 +235,19 @@ def require_lossless(repack: Repack) -> None:
     )
 
 
+def _until_lost(repack: Repack, places: Sequence[Action]) -> list[tuple[str, float]]:
+    """Every linear in turn, to the first that would change: samples that lose nothing prove nothing of the others."""
+    found = []
+    for action in places:
+        found.append((action.module, _lost(repack, action)))
+        if found[-1][1]:
+            break
+    return found
+
+
 def _lost(repack: Repack, action: Action) -> float:
     assert action.treatment is not None
     with torch.inference_mode():
-        return _through(action.module, repack.decoder.qtensor(action.module), repack.routes[action.treatment])[1].lost
+        tally = Tally(action.module, repack.routes[action.treatment])
+        tally.through(repack.decoder.qtensor(action.module))
+        return tally.proof().lost

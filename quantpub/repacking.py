@@ -26,6 +26,7 @@ from quantpub.layouts.base import CT, Layout, Spec
 from quantpub.opened import Opened
 from quantpub.pairs import HOLDS, Conversion
 from quantpub.plan import Plan
+from quantpub.plan_engines import engines_of
 from quantpub.recipe import Recipe
 from quantpub.registry import load
 from quantpub.scheme import PRESETS, Scheme
@@ -35,16 +36,22 @@ from quantpub.sources import front_matter
 from quantpub.targets import TARGETS, unloadable
 from quantpub.treatments import Treatment
 
+BF16_ONLY = "is for models in bf16, and this one is in fp16"
+REPACKED = "; repacked as "
 QUANTIZATION = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
 class Route:
-    """How the weights of one treatment come to the new layout. conversion: None where they keep their scheme."""
+    """How the weights of one treatment come to the new layout. conversion: None where they keep their scheme.
+
+    dtype: what it rounds scales to, in safetensors' words; empty: they stay as they are.
+    """
 
     layout: Layout
     scheme: Scheme
     conversion: Conversion | None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,13 @@ def make_repack(opened: Opened, layout_name: str) -> Repack:
     _require_sound(opened)
     layout: Layout = load(LAYOUTS, "layout", layout_name)
     decoder = opened.decoder
-    found = tuple(_route(t, layout, opened.held.source.label) for t in decoder.treatments)
+    found = _routes(layout, opened)
     treatments = tuple(
         Treatment(route.scheme, t.algorithm, route.layout) for t, route in zip(decoder.treatments, found, strict=True)
     )
     checkpoint = _checkpoint(opened)
     shards: dict[str, tuple[Action, ...]] = {
-        shard: tuple(_action(opened, line, treatments) for line in decoder.actions if line["shard"] == shard)
+        shard: tuple(_action(opened, line, treatments, found) for line in decoder.actions if line["shard"] == shard)
         for shard in checkpoint.shards
     }
     plan = Plan(
@@ -100,6 +107,7 @@ def make_repack(opened: Opened, layout_name: str) -> Repack:
         _origin(opened),
     )
     _require_held(plan, opened)
+    _require_engine(plan, opened)
     return Repack(opened, plan, found)
 
 
@@ -112,7 +120,9 @@ def _require_sound(opened: Opened) -> None:
     held, advice = opened.held, "run `quantpub verify` on it; download or make it again"
     problems = [*held.problems]
     if opened.artifact is None:
-        problems += [sentence for rule, sentence in opened.adopted.problems if rule in ("tensors", "readable")]
+        unreadable = opened.adopted.said("readable")
+        problems += opened.adopted.said("tensors") or unreadable
+        advice = "quantize again from the full-precision model" if problems == unreadable else advice
     else:
         opened.decoder.require_whole()
     if problems:
@@ -122,21 +132,45 @@ def _require_sound(opened: Opened) -> None:
         raise InputError("no module of it is quantized", where=held.source.label, next=advice)
 
 
-def _route(treatment: Treatment, layout: Layout, where: str) -> Route:
-    """For weights of its scheme, of sides that every layout takes. Errors: InputError."""
+def _routes(layout: Layout, opened: Opened) -> tuple[Route, ...]:
+    """One for each treatment. Errors: InputError, also when none would lead to the layout that was asked for."""
+    dtypes: dict[int, set[str]] = {place: set() for place in range(len(opened.decoder.treatments))}
+    for line in opened.decoder.actions:
+        if line["action"] == QUANTIZE:
+            dtypes[line["treatment"]].add(line["dtype"])
+    found = tuple(_route(place, layout, opened, sorted(used)) for place, used in dtypes.items())
+    if any(found[place].layout.name == layout.name for place, used in dtypes.items() if used):
+        return found
+    return tuple(_route(place, layout, opened, sorted(used), alone=True) for place, used in dtypes.items())
+
+
+def _route(place: int, layout: Layout, opened: Opened, dtypes: Sequence[str], alone: bool = False) -> Route:
+    """For weights of its scheme, of sides that every layout takes. alone: in no layout beside. Errors: InputError."""
+    treatment = opened.decoder.treatments[place]
     scheme = treatment.scheme
+    if not dtypes:  # of a rule that no weight has
+        return Route(layout, scheme, None)
     reasons = []
     for conversion, target in [(None, scheme), *routes(scheme)]:
-        for held in _holders(layout, target, treatment.layout):
-            if (reason := _refused(held, target)) is None:
-                return Route(held, target, conversion)
+        dtype = _scales(conversion, opened.held.dtype)
+        for held in [layout] if alone else _holders(layout, treatment.layout):
+            if (reason := _refused(held, target, [dtype] if dtype else dtypes, opened.held.dtype)) is None:
+                return Route(held, target, conversion, dtype)
             reasons.append(reason)
     others = [name for name, schemes in HOLDS.items() if scheme.name in schemes]
     advice = f"layouts that hold {scheme.name}: {', '.join(others)}" if others else "no layout that is written holds it"
-    raise InputError(reasons[0], where=where, next=advice)
+    reason = next((reason for reason in reasons if reason.endswith(BF16_ONLY)), reasons[0])
+    raise InputError(reason, where=opened.held.source.label, next=advice)
 
 
-def _holders(layout: Layout, scheme: Scheme, present: Layout) -> list[Layout]:
+def _scales(conversion: Conversion | None, model: str) -> str:
+    """The dtype that a conversion rounds scales to."""
+    if conversion is None:
+        return ""
+    return model if conversion.dtype == "model" else conversion.dtype
+
+
+def _holders(layout: Layout, present: Layout) -> list[Layout]:
     """The layout itself; beside it, in a checkpoint of several schemes, one of the same method, that of the weights first."""
     beside: list[Layout] = []
     if layout.group is not None and layout.method == CT:
@@ -151,9 +185,15 @@ def _beside(other: Layout, layout: Layout) -> bool:
     return other.method == layout.method and other.group is not None and other.name != layout.name
 
 
-def _refused(layout: Layout, scheme: Scheme) -> str | None:
+def _refused(layout: Layout, scheme: Scheme, dtypes: Sequence[str], model: str) -> str | None:
+    """dtypes: of scales. model: the model's own, in which its other tensors stand and engines compute."""
     n, k = 1024, 1024 * max(1, scheme.group_size)
-    return layout.reject(scheme, n, k, "BF16")
+    reasons = (layout.reject(scheme, n, k, dtype) for dtype in dtypes or ("BF16",))
+    if reason := next((reason for reason in reasons if reason), None):
+        return reason
+    if model == "F16" and layout.reject(scheme, n, k, model):
+        return f"{layout.name} {BF16_ONLY}"
+    return None
 
 
 def _checkpoint(opened: Opened) -> Checkpoint:
@@ -169,7 +209,7 @@ def _checkpoint(opened: Opened) -> Checkpoint:
     return Checkpoint(source, config, shards, companions, left)
 
 
-def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatment]) -> Action:
+def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatment], ways: Sequence[Route]) -> Action:
     dtype, (name, shape) = line["dtype"], (line["as"], tuple(line["shape"]))
     kv: Spec = _kv(line, treatments[0].layout)
     if line["action"] != QUANTIZE:
@@ -177,6 +217,7 @@ def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatm
         part = Slice(name, line["tensor"], line["shard"], found)
         kind = SMOOTH if line["action"] == SMOOTH else COPY
         return Action(kind, part, line["role"], {name: (found.dtype, found.shape)}, line["reason"], kv=kv)
+    dtype = ways[line["treatment"]].dtype or dtype
     part = Slice(name, line["tensor"], line["shard"], TensorInfo(dtype, shape, 0, tensor_bytes(dtype, shape)))
     treatment, module = treatments[line["treatment"]], name.removesuffix(".weight")
     spec = treatment.layout.spec(treatment.scheme, *shape, dtype)
@@ -206,13 +247,25 @@ def _require_held(plan: Plan, opened: Opened) -> None:
         raise InputError(f"{reasons[0]}{more}", where=opened.held.source.label, next="choose another layout")
 
 
+def _require_engine(plan: Plan, opened: Opened) -> None:
+    """As for weights that are quantized here: what no engine loads is not written. Errors: InputError."""
+    refusals = list(engines_of(plan).values())
+    if refusals and all(refusals):
+        raise InputError(
+            f"no engine would load it: {refusals[0]}", where=opened.held.source.label, next="choose another layout"
+        )
+
+
 def _recipe(opened: Opened, treatments: Sequence[Treatment], layout: str) -> Recipe:
     """The recipe of one of ours with the engines of its new layout; of another tool's, what can be said of it."""
     scheme = treatments[0].scheme
     engines = {name: layout for name in TARGETS if unloadable(name, layout, scheme.name) is None}
     if opened.artifact is not None:
         own = opened.artifact.recipe()
-        changed: dict[str, Any] = {"engines": engines, "description": f"{own.description}; repacked as {layout}"}
+        changed: dict[str, Any] = {
+            "engines": engines,
+            "description": f"{own.description.partition(REPACKED)[0]}{REPACKED}{layout}",
+        }
         if own.scheme != scheme.name:
             changed |= {"scheme": scheme.name, "group_size": _size(scheme)}
         return own.model_copy(update=changed)
@@ -235,11 +288,13 @@ def _size(scheme: Scheme) -> int | None:
 
 
 def _origin(opened: Opened) -> dict[str, Any]:
-    """Of one of ours the model it was made from; of another tool's, itself and what its card says of its base."""
+    """Of one of ours the model it was made from, and its shards; of another tool's, itself and what its card says of its base."""
     if opened.artifact is not None:
-        return dict(_run(opened)["source"])
+        weights = {shard: line["source_sha256"] for shard, line in opened.artifact.journal_entries().items()}
+        return {"weights": weights, **_run(opened)["source"]}
     source = opened.held.source
     card = front_matter(source.read("README.md").decode("utf-8", "replace")) if "README.md" in source.files else {}
     base = card.get("base_model")
+    base = base[0] if isinstance(base, list) and len(base) == 1 else base
     stated = {"base_model": base} if isinstance(base, str) else {}
     return {**source.identity(), "quantized_by": opened.adopted.method.tool, **stated}

@@ -11,6 +11,7 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -44,6 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
+COPIED = 8 << 20  # bytes at a time, where the kernel does not copy between two files
 MAX_HEADER = 100_000_000  # the library's own limit
 AGAIN = "download or copy the checkpoint again"
 
@@ -170,6 +172,20 @@ class ShardWriter:
         if place == self.places[name].end:
             self._open.discard(name)
 
+    def copy(self, name: str, source: int, start: int, nbytes: int, offset: int = 0) -> None:
+        """`write` of bytes of an open file, without their coming into this process where the kernel can do it."""
+        place = self.places[name].start + offset
+        write_point("tensor")
+        try:
+            while nbytes and (done := _copied(source, self._fd, nbytes, start, place)):
+                nbytes, start, place = nbytes - done, start + done, place + done
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        if nbytes:
+            raise InputError("a shard of the source became shorter while it was read", where=str(self.path))
+        if place == self.places[name].end:
+            self._open.discard(name)
+
     def commit(self) -> str:
         """fsync, hash what the disk now holds, rename onto the final name. Returns the sha256."""
         assert not self._open, f"unwritten tensors: {sorted(self._open)[:3]}"
@@ -187,6 +203,16 @@ class ShardWriter:
         with contextlib.suppress(OSError, AttributeError):
             os.close(self._fd)
         self._draft.unlink(missing_ok=True)
+
+
+def _copied(source: int, target: int, nbytes: int, start: int, place: int) -> int:
+    """How many bytes were copied; 0 at the end of the source."""
+    try:
+        return os.copy_file_range(source, target, nbytes, start, place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(target, os.pread(source, min(nbytes, COPIED), start), place)
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -1,12 +1,14 @@
 """Where a checkpoint lies: a local folder, or a Hub repository at one pinned commit.
 
 Both answer the same four questions: which files there are, where one is on disk (a Hub file is fetched when asked for),
-what a shard's header says (on a Hub by range requests, without its weights), and who this source is.
+what a shard's header says (on a Hub without fetching its weights), and who this source is. The Hub's is in `hub_source`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,14 +21,14 @@ import torch
 import yaml
 
 from quantpub.errors import AuthError, InputError, QuantpubError, UnavailableError
-from quantpub.files import sha256_file
-from quantpub.shards import TensorInfo, parse_header, read_header
+from quantpub.files import ANY_STAGE, NOT_WRITABLE, disk_error, sha256_file
+from quantpub.ranges import is_transport
+from quantpub.shards import TensorInfo, read_header
 
 Header = tuple[dict[str, TensorInfo], dict[str, str]]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAMPLES, SAMPLE = 16, 64 << 10
-SPAN = 1 << 18  # bytes that a range request reads beyond what was asked: the next small tensor is there, too
-TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # huggingface_hub 1 and 2 raise these as they are
+DISK = (*NOT_WRITABLE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class Source(Protocol):
@@ -43,6 +45,7 @@ class Source(Protocol):
     def where(self, name: str) -> str: ...
     def fingerprint(self, shard: str) -> str: ...
     def sha256(self, shard: str) -> str: ...
+    def state(self, shard: str) -> str: ...
     def identity(self) -> dict[str, Any]: ...
 
 
@@ -68,6 +71,12 @@ class LocalSource:
         with read_errors(self.path(shard)):
             return sha256_file(self.path(shard))
 
+    def state(self, shard: str) -> str:
+        """Which file it is, and when it was last written: another after every change, and of every copy."""
+        with read_errors(self.path(shard)):
+            found = self.path(shard).stat()
+        return hashlib.sha256(f"{found.st_ino} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()
+
     def header(self, name: str) -> Header:
         with read_errors(self.path(name)):
             return read_header(self.path(name))
@@ -75,6 +84,11 @@ class LocalSource:
     def span(self, name: str, start: int, nbytes: int) -> memoryview:
         """So many bytes of a file. Errors: InputError when it ends before."""
         return read_span(self.path(name), start, nbytes, self.where(name))
+
+    def is_link(self, name: str) -> bool:
+        """Links that the Hub's client made, into its own cache, are not counted."""
+        path, repo = self.path(name), cached_repo(self.folder)
+        return path.is_symlink() and (repo is None or path.resolve().parent != (repo / "blobs").resolve())
 
     def where(self, name: str) -> str:
         return str(self.folder / name)
@@ -96,100 +110,15 @@ class LocalSource:
 
 
 def _own_name(folder: Path) -> str:
-    """A folder's name; of a snapshot in the Hub's cache (models--OWNER--NAME/snapshots/COMMIT) the model's."""
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.resolve().name
+    """A folder's name; of a snapshot in the Hub's cache the model's."""
+    repo = cached_repo(folder)
+    return repo.name.rpartition("--")[2] if repo else folder.resolve().name
 
 
-class HubSource:
-    def __init__(self, repo: str, revision: str | None) -> None:
-        from huggingface_hub import HfApi
-
-        self._api = HfApi(library_name="quantpub")
-        with hub_errors(repo, revision):
-            self._info = self._api.model_info(repo, revision=revision, files_metadata=True)
-        self.repo, self.label = repo, f"{repo}@{self.commit[:7]}"
-        self.fetched = 0  # bytes of weights that were asked for by range
-        self._open: dict[str, Any] = {}
-
-    @property
-    def commit(self) -> str:
-        return str(self._info.sha)
-
-    @cached_property
-    def files(self) -> dict[str, int]:
-        entries = sorted(self._info.siblings or [], key=lambda entry: entry.rfilename)
-        return {entry.rfilename: entry.size or 0 for entry in entries if entry.rfilename != ".gitattributes"}
-
-    def path(self, name: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        with hub_errors(self.repo, self.commit):
-            return Path(hf_hub_download(self.repo, name, revision=self.commit, library_name="quantpub"))
-
-    def read(self, name: str) -> bytes:
-        return self.path(name).read_bytes()
-
-    def sha256(self, shard: str) -> str:
-        """As the Hub states it; of a file that is not in LFS, computed."""
-        entry = self._entry(shard)
-        return str(entry.lfs.sha256) if entry.lfs else sha256_file(self.path(shard))
-
-    def header(self, name: str) -> Header:
-        """By two range requests: 8 bytes of length, then the header. The size is checked against the repository's."""
-        from huggingface_hub import HfFileSystem
-
-        with hub_errors(self.repo, self.commit):
-            f = HfFileSystem().open(f"{self.repo}/{name}", revision=self.commit, block_size=1 << 20)
-            with f:
-                length = int.from_bytes(f.read(8), "little")
-                tensors, metadata = parse_header(f.read(length), self.where(name))
-        promised = max((info.end for info in tensors.values()), default=8 + length)
-        if promised != self.files[name]:
-            raise InputError(
-                f"truncated: {self.files[name]} bytes, its header promises {promised}", where=self.where(name)
-            )
-        return tensors, metadata
-
-    def span(self, name: str, start: int, nbytes: int) -> memoryview:
-        """By a range request, unless the file lies in the cache already."""
-        from huggingface_hub import HfFileSystem, try_to_load_from_cache
-
-        if isinstance(held := try_to_load_from_cache(self.repo, name, revision=self.commit), str):
-            return read_span(Path(held), start, nbytes, self.where(name))
-        with hub_errors(self.repo, self.commit):
-            if name not in self._open:
-                path = f"{self.repo}/{name}"
-                self._open[name] = HfFileSystem().open(
-                    path, revision=self.commit, block_size=SPAN, cache_type="readahead"
-                )
-            self._open[name].seek(start)
-            data = self._open[name].read(nbytes)
-        self.fetched += nbytes
-        if len(data) < nbytes:
-            raise InputError("the file ends before its header says", where=self.where(name))
-        return memoryview(bytearray(data))
-
-    def where(self, name: str) -> str:
-        return f"{self.label}/{name}"
-
-    def fingerprint(self, shard: str) -> str:
-        entry = self._entry(shard)
-        return str(entry.lfs.sha256) if entry.lfs else str(entry.blob_id)
-
-    def _entry(self, name: str) -> Any:
-        return next(entry for entry in self._info.siblings or [] if entry.rfilename == name)
-
-    def identity(self) -> dict[str, Any]:
-        card = self._info.card_data.to_dict() if self._info.card_data else {}
-        return {
-            "kind": "hub",
-            "repo": self.repo,
-            "commit": self.commit,
-            "gated": bool(self._info.gated),
-            **licence(card),
-        }
+def cached_repo(folder: Path) -> Path | None:
+    """The folder in the Hub's cache whose snapshot this is (models--OWNER--NAME/snapshots/COMMIT); None of any other."""
+    above = folder.absolute().parent
+    return above.parent if above.name == "snapshots" and above.parent.name.startswith("models--") else None
 
 
 def licence(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,8 +161,11 @@ def read_span(path: Path, start: int, nbytes: int, where: str) -> memoryview:
     return data
 
 
-def open_source(model: str, revision: str | None) -> Source:
-    """A folder when one of that name exists, else a Hub id. Errors: InputError, AuthError, UnavailableError."""
+def open_source(model: str, revision: str | None, whole: bool = True) -> Source:
+    """A folder when one of that name exists, else a Hub id. whole: see `hub_source`.
+
+    Errors: InputError, AuthError, UnavailableError.
+    """
     folder = Path(model)
     if folder.is_dir():
         if revision:
@@ -243,7 +175,9 @@ def open_source(model: str, revision: str | None) -> Source:
         return LocalSource(folder)
     if folder.exists() or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise InputError("no such folder", where=model, next="name a checkpoint's folder, or a Hub id like owner/name")
-    return HubSource(model, revision)
+    from quantpub.hub_source import HubSource
+
+    return HubSource(model, revision, whole)
 
 
 @contextmanager
@@ -261,35 +195,36 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> QuantpubErr
     from huggingface_hub import errors as hub
 
     login = "check the name, or `hf auth login`"
+    ask = "ask for it on its page, then `hf auth login`"
     kinds: list[tuple[type[Exception], QuantpubError]] = [
-        (
-            hub.GatedRepoError,
-            AuthError(
-                "access to this model must be granted first",
-                where=repo,
-                next="ask for it on its page, then `hf auth login`",
-            ),
-        ),
+        (hub.GatedRepoError, AuthError("access to this model must be granted first", where=repo, next=ask)),
         (
             hub.RepositoryNotFoundError,
             AuthError("no such model on the Hub, or no right to read it", where=repo, next=login),
         ),
         (hub.RevisionNotFoundError, InputError(f"no revision {revision!r}", where=repo, next="check --revision")),
+        (hub.LocalEntryNotFoundError, _silent("the Hub did not answer", repo)),  # nor does the cache hold it
         (hub.EntryNotFoundError, InputError("a file is missing from the repository", where=repo)),
+        (hub.HFValidationError, InputError("not a Hub id", where=repo, next="name one like owner/name")),
         (
             hub.OfflineModeIsEnabled,
             UnavailableError("HF_HUB_OFFLINE is set", where=repo, next="unset it, or name a local folder"),
         ),
+        (json.JSONDecodeError, _silent("what answered is not a Hub", repo)),
     ]
     for kind, mapped in kinds:
         if isinstance(error, kind):
             return mapped
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
         return AuthError("the Hub refused the token", where=repo, next=login)
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS:
-        return UnavailableError(
-            f"the Hub did not answer ({type(error).__name__})",
-            where=repo,
-            next="check the network and HF_ENDPOINT, and run the same command again",
-        )
+    if isinstance(error, OSError) and error.errno in DISK:
+        return disk_error(error, Path(error.filename or repo), ANY_STAGE)
+    if isinstance(error, OSError) or is_transport(error):
+        said = f"the Hub answered {status}" if status else f"the Hub did not answer ({type(error).__name__})"
+        return _silent(said, repo)
     return None
+
+
+def _silent(what: str, repo: str) -> UnavailableError:
+    return UnavailableError(what, where=repo, next="check the network and HF_ENDPOINT, and run the same command again")

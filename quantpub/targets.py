@@ -7,6 +7,7 @@ cannot. They were read in the engine's own source. What was loaded here, and whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # The versions that were read for the tables: the oldest and the newest
@@ -22,7 +23,8 @@ VERSIONS = {
 class Loads:
     """versions that load the layout. schemes: those it loads so, None for all that the layout holds.
 
-    experts: why the linears of experts cannot be in this layout, None where nothing is known against it.
+    experts: why the linears of experts cannot be in this layout, None where nothing is known against it. experts_in: the
+    same of single schemes.
     needs: packages that the engine does not bring along.
     """
 
@@ -31,6 +33,7 @@ class Loads:
     schemes: tuple[str, ...] | None = None
     experts: str | None = None
     needs: tuple[str, ...] = ()
+    experts_in: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ _MODELOPT_EXPERTS = "vLLM's ModelOpt loader knows FP8 experts with a scale a ten
 _HF_TORCHAO_EXPERTS = "transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys"
 _NOT_READ = "its PyTorch backend does not know this quant_method"
 
+_UNCONVERTED = "transformers fails to convert the experts of such a checkpoint when it loads it"
+
 TARGETS = {
     "vllm": Target(
         "vLLM",
@@ -80,6 +85,7 @@ TARGETS = {
                 _VLLM,
                 _READ_VLLM + ", the WNA16 scheme",
                 ("W4A16", "W4A16_ASYM", "W8A16"),
+                experts_in={"W8A16": "vLLM's int8 experts want groups, and end in a TypeError at whole rows"},
             ),
             "ct-int": Loads(_VLLM, _READ_VLLM + ", the W8A8Int8 scheme", ("W8A8",)),
             "ct-float": Loads(
@@ -205,14 +211,20 @@ TARGETS = {
                 _HF,
                 _CT_HF,
                 needs=("compressed-tensors", "accelerate"),
+                experts_in={"W4A16_ASYM": _UNCONVERTED},
             ),
-            "ct-int": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "ct-int": Loads(_HF, _CT_HF, experts=_UNCONVERTED, needs=("compressed-tensors", "accelerate")),
             "ct-float": Loads(
                 _HF,
                 _CT_HF,
                 needs=("compressed-tensors", "accelerate"),
             ),
-            "ct-nvfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "ct-nvfp4": Loads(
+                _HF,
+                _CT_HF,
+                experts="transformers leaves the global scales of NVFP4 experts out: their weights come out 2048 times too large",
+                needs=("compressed-tensors", "accelerate"),
+            ),
             "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
             "hf-fp8": Loads(
                 _HF,
@@ -265,4 +277,4 @@ def unloadable(engine: str, layout: str, scheme: str | None = None, experts: boo
     loads = target.loads[layout]
     if scheme is not None and loads.schemes is not None and scheme not in loads.schemes:
         return f"{target.summary} loads {layout} for {', '.join(loads.schemes)} only, not for {scheme}"
-    return loads.experts if experts else None
+    return (loads.experts or loads.experts_in.get(scheme or "")) if experts else None

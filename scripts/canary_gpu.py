@@ -3,9 +3,10 @@
 usage: canary_gpu.py OUT.json BASE NAME=FOLDER ...
 
 Run with the engine's own Python and PYTHONPATH naming this repository; it works offline. The base runs once, every
-checkpoint in a process of its own after it. CANARY_ENGINE chooses the engine (vllm), CANARY_MEMORY the part of the GPU's
-memory that it may take, CANARY_OWN=1 adds the KL of our own evaluation on the same tokens. OUT.jsonl keeps each finding at
-once; a checkpoint that fails has the end of its log on stderr.
+checkpoint in a process of its own after it. OUT.jsonl keeps each finding at once; a checkpoint that fails has the end of its
+log on stderr. In the environment: CANARY_ENGINE, the engine (vllm); CANARY_MEMORY, the part of the GPU's memory that it may
+take; CANARY_CACHE, the bytes of vLLM's KV cache, with which several can run at once; CANARY_OWN=1 adds the KL of our own
+evaluation on the same tokens.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ def main() -> None:
     out, base = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     named = [(name, Path(folder).resolve()) for name, _, folder in (spec.partition("=") for spec in sys.argv[3:])]
     engine, memory = os.environ.get("CANARY_ENGINE", "vllm"), os.environ.get("CANARY_MEMORY")
-    settings = Settings(timeout=540, options={"memory": float(memory)} if memory else {})
+    options: dict[str, Any] = {"memory": float(memory)} if memory else {}
+    if cache := os.environ.get("CANARY_CACHE"):
+        options["engine"] = {"kv_cache_memory_bytes": int(cache)}
+    settings = Settings(timeout=540, options=options)
     require(engine, None)
     tokens, found = canary_tokens(base, base), {}
     with tempfile.TemporaryDirectory(prefix="quantpub-canary-") as temporary:

@@ -108,7 +108,7 @@ USAGE = [
     (["quantize", DEMO_MODEL, "-r", "w4a16", "--device", "tpu", "-o", "x"], 2, "use cpu or cuda"),
     (["quantize", DEMO_MODEL, "-r", "w4a16", "--revision", "main", "-o", "x"], 3, "--revision goes with a Hub id"),
     (["verify", "nowhere"], 3, "no such folder"),
-    (["verify", DEMO_MODEL], 3, "not a quantpub artifact"),
+    (["verify", DEMO_MODEL], 3, "the checkpoint is not quantized"),
     (["list", "recipe"], 2, "did you mean recipes"),
     (["profile", DEMO_MODEL, "--m", "1"], 3, "not a quantpub artifact"),
     (["profile", DEMO_MODEL, "--m", "1,x"], 2, "write it like --m 1,16,256"),

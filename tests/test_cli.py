@@ -43,6 +43,8 @@ def test_version_and_help_name_every_command() -> None:
         ("layouts", "ct-pack"),
         ("kernels", "bf16"),
         ("engines", "sglang"),
+        ("rules", "tensor-parallel"),
+        ("failures", "27"),
     ],
 )
 def test_lists(what: str, name: str) -> None:

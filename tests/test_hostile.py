@@ -173,7 +173,7 @@ def test_verify_reports_a_scale_that_is_not_finite(artifact: Path, value: float)
     tensors["model.layers.1.mlp.down_proj.weight_scale"][0, 0] = value
     save_file(tensors, artifact / SHARD, metadata={"format": "pt"})
     evidence = verify(Artifact.open(artifact), str(DEMO_MODEL))
-    assert {check["id"] for check in evidence["checks"] if check["status"] == "failed"} == {"files", "values"}
+    assert {check["id"] for check in evidence["checks"] if check["status"] == "failed"} == {"files", "scales"}
 
 
 def test_one_huge_weight_does_not_hide_a_lost_tensor(tmp_path: Path, model: Path) -> None:

@@ -177,10 +177,17 @@ def test_global_scales_are_divisors_on_disk() -> None:
     assert packed["input_global_scale"].tolist() == [8.0]
 
 
-def test_a_global_scale_without_an_exact_reciprocal_is_an_error() -> None:
-    q = random_q(preset("NVFP4A16"), 4, 32, torch.bfloat16, 0)
-    with pytest.raises(AssertionError, match="1/\\(1/x\\)"):
-        layout_of("ct-nvfp4").pack(QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(7.0)))
+def test_a_global_scale_that_is_no_reciprocal_is_an_error_and_the_nearest_is_not() -> None:
+    """1/7 comes back from a neighbour of 7; of 1 − 2^-24 no float32 is the reciprocal."""
+    q, layout = random_q(preset("NVFP4A16"), 4, 32, torch.bfloat16, 0), layout_of("ct-nvfp4")
+    fine = QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(7.0))
+    assert same(layout.unpack(layout.pack(fine), q.scheme, (4, 32)), fine)
+    odd = QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(1 - 2.0**-24))
+    with pytest.raises(AssertionError, match="no float32 has the reciprocal"):
+        layout.pack(odd)
+    near = layout.nearest(odd)
+    assert same(layout.unpack(layout.pack(near), q.scheme, (4, 32)), near)
+    assert near.global_scale is not None and abs(float(near.global_scale) / float(odd.global_scale) - 1) <= 2.0**-23
 
 
 @pytest.mark.parametrize(("layout_name", "scheme_name"), [("ct-float", "FP8"), ("ct-nvfp4", "NVFP4")])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama
+from plants import FURTHER, ROWS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -125,8 +126,9 @@ def test_a_planted_failure_is_caught_by_its_rule(case: str, artifact: Path) -> N
 
 
 def test_every_rule_has_a_planted_failure() -> None:
-    """`index` below, `merged` in test_verify_layouts."""
-    assert set().union(*(rules for _, rules in PLANTED.values())) | {"index", "merged"} == set(RULES)
+    """Here, and in test_firewall, which plants those of plants.py. `readable` never fails: it leaves a verdict incomplete."""
+    planted = {plant.rule for plant in [*FURTHER.values(), *(p for plants in ROWS.values() for p in plants.values())]}
+    assert set().union(*(rules for _, rules in PLANTED.values())) | planted == set(RULES) - {"readable"}
 
 
 def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 from quantpub.actions import COPY, QUANTIZE
 from quantpub.adopt import ct, int4, modelopt, others
-from quantpub.adopt.base import MARKS, Method, Module, Read, Reader, Unreadable, misfit, modules_of
-from quantpub.adopt.generic import GENERIC
+from quantpub.adopt.base import MAINS, MARKS, Method, Module, Read, Reader, Unreadable, misfit, modules_of
 from quantpub.algorithms import ADOPTED
 from quantpub.errors import InputError
-from quantpub.families import FAMILIES, LINEAR, Family
+from quantpub.families import FAMILIES, GENERIC, LINEAR, Family
 from quantpub.held import Held
 from quantpub.kv_cache import LETTERS
 from quantpub.layouts import LAYOUTS, PEER_LAYOUTS
@@ -68,7 +67,7 @@ def adopt(held: Held) -> Adopted:
     modules, rest = modules_of(held)
     treatments: dict[Treatment, int] = {}
     problems: list[tuple[str, str]] = []
-    lines = [line for module in modules if (line := _quantized(held, method, module, treatments, problems))]
+    lines = [line for module in modules if (line := _quantized(held, method, family, module, treatments, problems))]
     scales = {name for name in rest if name.rpartition(".")[2] in KV_SCALES}
     lines += [_copied(held, family, name, problems) for name in rest if name not in scales]
     _attach(held, lines, scales, problems)
@@ -95,7 +94,12 @@ def _method(held: Held) -> Method:
 
 
 def _quantized(
-    held: Held, method: Method, module: Module, treatments: dict[Treatment, int], problems: list[tuple[str, str]]
+    held: Held,
+    method: Method,
+    family: Family,
+    module: Module,
+    treatments: dict[Treatment, int],
+    problems: list[tuple[str, str]],
 ) -> dict[str, Any] | None:
     """The line of one quantized module, or None where it cannot be read: the problem says why."""
     try:
@@ -109,8 +113,11 @@ def _quantized(
                 reason
             )  # of the scheme alone: what another tool wrote of other shapes can be read all the same
     except Unreadable as reason:
-        problems.append(("readable", f"{module.name}: {reason}"))
+        problems.append((reason.rule, f"{module.name}: {reason}"))
         return None
+    role = family.role(f"{module.name}.weight")
+    if role is None:
+        problems.append(("complete", f"the {family.name} family has no linear {module.name}"))
     spec = layout.spec(read.scheme, *read.shape, dtype)
     if declared := _other_number(module, read, spec):
         problems.append(("bits", declared))
@@ -122,7 +129,7 @@ def _quantized(
     place = treatments.setdefault(
         Treatment(read.scheme, _Named({"name": ADOPTED, "by": method.tool}), layout), len(treatments)
     )
-    return _line(held, module, read, spec, dtype, place)
+    return _line(held, module, read, spec, dtype, place) | {"role": role or LINEAR}
 
 
 class _Named(dict[str, Any]):
@@ -134,10 +141,12 @@ class _Named(dict[str, Any]):
 
 def _other_number(module: Module, read: Read, spec: Spec) -> str | None:
     """Where codes are of another number format than the one that is declared, or None."""
-    found, due = module.tensors[module.main], spec.get(module.main)
-    if due is None or found.dtype == due[0]:
+    found, due = module.tensors[module.main], spec[next(suffix for suffix in MAINS if suffix in spec)][0]
+    if found.dtype == due:
         return None
-    return f"{module.name} is declared {read.scheme.name}, and holds {found.dtype} {list(found.shape)} where {due[0]} belongs"
+    return (
+        f"{module.name} is declared {read.scheme.name}, and holds {found.dtype} {list(found.shape)} where {due} belongs"
+    )
 
 
 def _misfits(module: Module, spec: Spec) -> list[str]:
@@ -164,7 +173,6 @@ def _line(held: Held, module: Module, read: Read, spec: Spec, dtype: str, place:
         "shard": held.place[f"{module.name}.{module.main}"],
         "dtype": dtype,
         "shape": list(read.shape),
-        "role": LINEAR,
         "action": QUANTIZE,
         "reason": None,
         "treatment": place,
@@ -176,7 +184,7 @@ def _copied(held: Held, family: Family, name: str, problems: list[tuple[str, str
     info, role = held.info(name), family.role(name)
     if name.rpartition(".")[2] in MARKS:
         problems.append(("tensors", f"{name} belongs to no module"))
-    elif role is None:
+    elif role is None and not (len(info.shape) == 3 and family.expert_members(name)):
         problems.append(("complete", f"the {family.name} family has no tensor {name}"))
     return {
         "tensor": name,

@@ -9,7 +9,6 @@ Legend: N out_features, K in_features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,7 +49,21 @@ MARKS = frozenset(
 
 
 class Unreadable(Exception):
-    """Why a module, or a checkpoint, cannot be adopted: one sentence."""
+    """Why a module, or a checkpoint, cannot be adopted: one sentence. rule: of `verify`, which says it."""
+
+    rule = "readable"
+
+
+class Undeclared(Unreadable):
+    """A module is quantized, and the config does not say how: engines take its codes for a weight, or for nothing."""
+
+    rule = "bits"
+
+
+class Headless(Unreadable):
+    """A shard's header lacks the entries by which loaders put the parts of a weight together."""
+
+    rule = "tensors"
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,12 @@ def fitted(tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Te
 def misfit(info: TensorInfo, dtype: str, shape: tuple[int, ...]) -> str | None:
     """Why a tensor cannot be taken for one of this dtype and shape without changing a number, or None."""
     widened = dtype == "F32" and info.dtype in ("BF16", "F16")
-    squeezed = tuple(side for side in info.shape if side != 1) == tuple(side for side in shape if side != 1)
-    if (info.dtype == dtype or widened) and squeezed and math.prod(info.shape) == math.prod(shape):
+    if (info.dtype == dtype or widened) and _cut(info.shape) == _cut(shape):
         return None
     return f"is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}"
+
+
+def _cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones at its end: one scale a row may stand in a column or not, a single number in a list or not."""
+    last = max((place for place, side in enumerate(shape, 1) if side != 1), default=0)
+    return shape[:last]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantpub.adopt.base import Method, Module, Read, Unreadable, named, shape_of
+from quantpub.adopt.base import Method, Module, Read, Undeclared, Unreadable, named, shape_of
 from quantpub.held import Held
 from quantpub.scheme import PRESETS, WHOLE, ActFormat, Scheme, WeightFormat
 
@@ -30,7 +30,7 @@ def method(held: Held) -> Method:
     def read(module: Module) -> Read:
         group = find(groups, module.name)
         if group is None:
-            raise Unreadable("no group of quantization_config names it")
+            raise Undeclared("it is quantized, and no group of quantization_config names it")
         form = str(group.get("format") or config.get("format"))
         if form not in LAYOUTS:
             raise Unreadable(f"compressed-tensors' format {form} is not read")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantpub.adopt.base import Method, Module, Read, Unreadable, shape_of
+from quantpub.adopt.base import Method, Module, Read, Undeclared, Unreadable, shape_of
 from quantpub.held import Held
 from quantpub.scheme import PRESETS, Scheme, preset
 
@@ -29,7 +29,9 @@ def method(held: Held) -> Method:
     layers = config.get("quantized_layers") or {}
 
     def read(module: Module) -> Read:
-        own = layers.get(module.name, config) if layers else config
+        own = _own(layers, module.name) if layers else config
+        if own is None:
+            raise Undeclared("it is quantized, and quantized_layers does not name it")
         algorithm, size = str(own.get("quant_algo")).upper(), own.get("group_size") or _group_size(config)
         if algorithm not in ALGORITHMS:
             raise Unreadable(f"ModelOpt's {algorithm} is not read")
@@ -41,6 +43,12 @@ def method(held: Held) -> Method:
 
     producer = stated.get("producer") or config.get("producer") or {}
     return Method("modelopt", " ".join(str(producer[key]) for key in ("name", "version") if key in producer), read)
+
+
+def _own(layers: Mapping[str, Any], name: str) -> Any:
+    """The entry of a linear, or of a module that it is part of, as experts are of theirs."""
+    parts = name.split(".")
+    return next((layers[whole] for n in range(len(parts), 0, -1) if (whole := ".".join(parts[:n])) in layers), None)
 
 
 def _group_size(config: Mapping[str, Any]) -> Any:

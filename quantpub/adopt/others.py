@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantpub.adopt.base import Method, Module, Read, Unreadable, named, shape_of
+from quantpub.adopt.base import Headless, Method, Module, Read, Unreadable, named, shape_of
 from quantpub.held import Held
 from quantpub.scheme import PRESETS, WHOLE, ActFormat, Scheme, WeightFormat
 
@@ -48,10 +48,10 @@ def torchao(held: Held) -> Method:
     def read(module: Module) -> Read:
         entry = _entry(held.metadata, f"{module.name}.weight")
         kind, data = str(entry.get("_type")), entry.get("_data") or {}
+        if "_type" not in entry:
+            raise Headless("the header says no class of its weight, by which loaders put its parts together")
         if kind not in CLASSES:
-            raise Unreadable(
-                f"torchao's {kind} is not read" if entry.get("_type") else "the header says no class of its weight"
-            )
+            raise Unreadable(f"torchao's {kind} is not read")
         layout, scheme = CLASSES[kind](data, held.quantization)
         return Read(layout, scheme, shape_of(layout, scheme, module, data))
 
@@ -62,7 +62,7 @@ def _entry(metadata: Mapping[str, str], weight: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(weight, "{}"))
     except ValueError:
-        raise Unreadable("the header's entry of its weight is not valid JSON") from None
+        raise Headless("the header's entry of its weight is not valid JSON") from None
     return value if isinstance(value, dict) else {}
 
 

@@ -12,6 +12,7 @@ from quantpub.artifact import Artifact
 from quantpub.card.calibration import calibration
 from quantpub.card.components import Component, Use, activation_words, components, precision, scheme_names, uses
 from quantpub.card.limits import limits
+from quantpub.card.lineage import base_bytes, base_name, lineage, lineage_rows, size_of_weights
 from quantpub.card.speed import speed
 from quantpub.card.words import made_by, size
 from quantpub.decode import Decoder
@@ -33,18 +34,19 @@ def facts(artifact: Artifact, repo_id: str | None) -> Facts:
     evidence = {stage: read(artifact, stage) for stage in STAGES}
     decoder = Decoder(artifact)
     parts, used = components(artifact, decoder), uses(decoder)
-    source, made = run["source"], run["stages"]["quantize"]
-    name = repo_id.split("/")[-1] if repo_id else f"{base_name(source).split('/')[-1]}-{run['recipe']}"
+    source, made, repacked = run["source"], run["stages"]["quantize"], lineage(run)
+    name = repo_id.split("/")[-1] if repo_id else _name(run, repacked)
     found = {
         "name": name,
         "reference": repo_id or f"./{name}",
         "repo_id": repo_id,
         "run": run,
         "source": source,
-        "base": base_name(source),
+        "repacked": repacked,
+        "base": source.get("base_model") or (base_name(source) if "quantized_by" not in source else None),
         "front": front_matter(artifact, run, used),
         "schemes": list(scheme_names(used).values()),
-        "summary": summary(artifact, run, made, used),
+        "summary": summary(artifact, run, made, used, repacked),
         "components": [_component(part) for part in parts],
         "engines": engines(run, used),
         "purpose": ["For"] if len(used) > 1 else [],
@@ -75,8 +77,10 @@ def read(artifact: Artifact, stage: str) -> Facts | None:
     return evidence
 
 
-def base_name(source: Mapping[str, Any]) -> str:
-    return str(source.get("repo") or source.get("name"))
+def _name(run: Mapping[str, Any], repacked: Facts | None) -> str:
+    """Of a card without a Hub id: the model's and the recipe's; of repacked weights the layout's too."""
+    base, layout = base_name(run["source"]).split("/")[-1], f"-{run['layout']}" if repacked else ""
+    return f"{base}{layout}" if repacked and repacked["by"] else f"{base}-{run['recipe']}{layout}"
 
 
 def front_matter(artifact: Artifact, run: Mapping[str, Any], used: Sequence[Use]) -> Facts:
@@ -90,7 +94,8 @@ def front_matter(artifact: Artifact, run: Mapping[str, Any], used: Sequence[Use]
         method,
         *(engine for engine in run.get("engines", []) if engine != "transformers"),
     ]
-    on_hub = {"base_model": source["repo"], "base_model_relation": "quantized"} if source["kind"] == "hub" else {}
+    base = source.get("base_model") or source.get("repo")
+    on_hub = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     copied = {key: source[key] for key in (*LICENCE_KEYS, "language") if source.get(key)}
     return {
         **on_hub,
@@ -101,10 +106,12 @@ def front_matter(artifact: Artifact, run: Mapping[str, Any], used: Sequence[Use]
     }
 
 
-def summary(artifact: Artifact, run: Facts, made: Facts, used: Sequence[Use]) -> list[tuple[str, str]]:
+def summary(
+    artifact: Artifact, run: Facts, made: Facts, used: Sequence[Use], repacked: Facts | None
+) -> list[tuple[str, str]]:
     """The table at the top, as (label, value)."""
     config = artifact.config().get("quantization_config") or {}
-    rows = [("Base model", _base(run["source"])), *_scheme_rows(used)]
+    rows = [("Base model", _base(run["source"])), *lineage_rows(repacked), *_scheme_rows(used)]
     if used:
         rows += [("Bits per quantized weight, scales included", f"{made['bits_per_quantized_weight']:.3f}")]
     rows += [
@@ -112,11 +119,7 @@ def summary(artifact: Artifact, run: Facts, made: Facts, used: Sequence[Use]) ->
         ("Format", _format(config, run, used)),
         ("Parameters", f"{made['parameters']:,}, of which {made['quantized_parameters']:,} quantized"),
         ("Bits per parameter, whole checkpoint", f"{made['bits_per_weight']:.3f}"),
-        (
-            "Size of the weights",
-            f"{size(made['output_bytes'])}, {made['output_bytes'] / made['source_bytes']:.3f} "
-            f"of the base's {size(made['source_bytes'])}",
-        ),
+        ("Size of the weights", size_of_weights(made, repacked)),
     ]
     return rows
 
@@ -141,6 +144,9 @@ def _format(config: Mapping[str, Any], run: Mapping[str, Any], used: Sequence[Us
 
 
 def _base(source: Mapping[str, Any]) -> str:
+    if "quantized_by" in source:
+        stated = source.get("base_model")
+        return f"`{stated}`, as the card of what it was repacked from says" if stated else "not stated by its makers"
     if source["kind"] == "hub":
         return f"`{source['repo']}` at commit `{source['commit'][:7]}`"
     return f"`{source['name']}`, a local checkpoint"
@@ -232,11 +238,15 @@ def verification(evidence: Mapping[str, Any] | None) -> Facts | None:
 
 def headline(found: Facts) -> str:
     """One sentence of measured figures."""
-    made, kind = found["made"], " and ".join(found["schemes"])
+    made, kind, repacked = found["made"], " and ".join(found["schemes"]), found["repacked"]
+    base = base_bytes(made, repacked)
     said = [
         f"{made['bits_per_weight']:.2f} bits per parameter",
-        f"{size(made['output_bytes'])} of weights in place of {size(made['source_bytes'])}",
+        f"{size(made['output_bytes'])} of weights" + ("" if base is None else f" in place of {size(base)}"),
     ]
     if found["quality"] and found["quality"]["kl"]:
         said.append(f"KL to the base {measured(found['quality']['kl'], 4)} nats per token")
-    return f"`{found['base']}` {f'quantized to {kind}' if kind else 'unquantized'}: {', '.join(said)}."
+    by = f"by {repacked['by']} " if repacked and repacked["by"] else ""
+    how = f"quantized {by}to {kind}" if kind else "unquantized"
+    how += f" and repacked as {found['run']['layout']}" if repacked else ""
+    return f"`{found['base'] or base_name(found['source'])}` {how}: {', '.join(said)}."

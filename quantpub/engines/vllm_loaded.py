@@ -88,12 +88,17 @@ def _row(kernel: str, method: str) -> str | None:
 
 def never_loaded(model: Any, loaded: Iterable[str]) -> list[str]:
     """Parameters that no tensor of the checkpoint was put in, but for those that none can be for."""
-    there, missing = set(loaded), []
+    there, missing = {_plain(name) for name in loaded}, []
     methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
         at, _, leaf = name.rpartition(".")
         method = methods.get(at)
         made = getattr(method, "uses_meta_device", False) or "KVCache" in type(method).__name__
-        if name not in there and not made and parameter.numel() and not any(word in leaf for word in BUILT):
+        if _plain(name) not in there and not made and parameter.numel() and not any(word in leaf for word in BUILT):
             missing.append(name)
     return sorted(missing)
+
+
+def _plain(name: str) -> str:
+    """vLLM 0.25 loads experts by the name of their layer, and keeps them in a module of their own inside it."""
+    return name.replace(".routed_experts.", ".")

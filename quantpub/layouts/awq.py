@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantpub.layouts.base import Config, Layout, Spec, Tensors, reject_integers, reject_rest
+from quantpub.layouts.base import Config, Cut, Layout, Spec, Tensors, reject_integers, reject_rest
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 
@@ -92,4 +92,8 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return WORD, 1 if scheme.group_size == WHOLE else scheme.group_size
 
 
-LAYOUT = Layout("awq", "checkpoint", METHOD, reject, spec, pack, unpack, config, tp_multiple)
+def cut(scheme: Scheme) -> Cut:
+    return Cut(WORD, {"qweight": (1, WORD), "qzeros": (1, WORD), "scales": (1, 1)})
+
+
+LAYOUT = Layout("awq", "checkpoint", METHOD, reject, spec, pack, unpack, config, tp_multiple, cut=cut)

@@ -27,6 +27,10 @@ def no_files(config: Config) -> dict[str, Config]:
     return {}
 
 
+def whole(scheme: Scheme) -> None:
+    return None
+
+
 def itself(q: QTensor) -> QTensor:
     return q
 
@@ -52,6 +56,18 @@ class InputScale:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a weight's tensors are cut into blocks of rows, each packed and unpacked by itself.
+
+    rows: a block has a multiple of so many. parts: suffix → (the axis that N runs along, rows an element there); what is not
+    named is the same in every block.
+    """
+
+    rows: int
+    parts: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Layout:
     """name; kind: `checkpoint` (an engine loads it), `kernel` (a kernel eats it) or `peer` (another tool's: read, never
     written). method: `quant_method` of the config.
@@ -68,6 +84,7 @@ class Layout:
     input_scale: of schemes with calibrated activations. kv_cache: None where the layout has no place for its scales.
     nearest(q) → the nearest weight that `pack` is exact for. Itself for what quantpub makes: other tools choose numbers that
     a layout may not be able to write to the last bit.
+    cut(scheme) → how a weight may be worked on by blocks of rows; None: as a whole only.
     """
 
     name: str
@@ -85,6 +102,7 @@ class Layout:
     input_scale: InputScale | None = None
     kv_cache: KvCache | None = None
     nearest: Callable[[QTensor], QTensor] = itself
+    cut: Callable[[Scheme], Cut | None] = whole
 
 
 def peer(

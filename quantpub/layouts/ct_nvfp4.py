@@ -22,6 +22,7 @@ from quantpub.layouts.base import (
     CT,
     CT_KV_CACHE,
     Config,
+    Cut,
     InputScale,
     Layout,
     Spec,
@@ -130,6 +131,10 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return 1, GROUP
 
 
+def cut(scheme: Scheme) -> Cut:
+    return Cut(1, {"weight_packed": (0, 1), "weight_scale": (0, 1)})
+
+
 INPUT_SCALE = InputScale("input_global_scale", _multiplier)
 LAYOUT = Layout(
     "ct-nvfp4",
@@ -145,4 +150,5 @@ LAYOUT = Layout(
     input_scale=INPUT_SCALE,
     kv_cache=CT_KV_CACHE,
     nearest=representable,
+    cut=cut,
 )

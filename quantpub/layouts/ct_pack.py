@@ -21,6 +21,7 @@ from quantpub.layouts.base import (
     CT,
     CT_KV_CACHE,
     Config,
+    Cut,
     Layout,
     Spec,
     Tensors,
@@ -117,6 +118,22 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return word if _asymmetric(scheme) else 1, columns
 
 
+def cut(scheme: Scheme) -> Cut:
+    word = _word(scheme)
+    return Cut(word, {"weight_packed": (0, 1), "weight_scale": (0, 1), "weight_zero_point": (0, word)})
+
+
 LAYOUT = Layout(
-    "ct-pack", "checkpoint", CT, reject, spec, pack, unpack, config, tp_multiple, group, kv_cache=CT_KV_CACHE
+    "ct-pack",
+    "checkpoint",
+    CT,
+    reject,
+    spec,
+    pack,
+    unpack,
+    config,
+    tp_multiple,
+    group,
+    kv_cache=CT_KV_CACHE,
+    cut=cut,
 )

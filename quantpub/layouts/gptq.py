@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from quantpub.layouts.base import Config, Layout, reject_integers
-from quantpub.layouts.gptq_words import ANY_ZERO, SYMMETRIC, Words, reject_shape, tp_multiple
+from quantpub.layouts.gptq_words import ANY_ZERO, SYMMETRIC, Words, cut, reject_shape, tp_multiple
 from quantpub.scheme import WHOLE, Scheme
 
 METHOD = "gptq"
@@ -71,6 +71,7 @@ def _layout(name: str, words: Words, reject: Callable[[Scheme, int, int, str], s
         partial(config, version=version),
         tp_multiple,
         files=files,
+        cut=cut,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantpub.layouts.base import Spec, Tensors, reject_rest
+from quantpub.layouts.base import Cut, Spec, Tensors, reject_rest
 from quantpub.layouts.words import PACK, UNPACK, shifted
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
@@ -78,6 +78,11 @@ class Words:
         if scheme.weight.zero_domain == "int":
             zero_NG = shifted(UNPACK[bits](tensors["qzeros"]), self.less, bits).T.contiguous()
         return QTensor(scheme, codes_NK, tensors["scales"].T.contiguous(), zero_NG)
+
+
+def cut(scheme: Scheme) -> Cut:
+    word = codes_a_word(scheme)
+    return Cut(word, {"qweight": (1, 1), "scales": (1, 1), "qzeros": (1, word)})
 
 
 def in_order(k: int, groups: int, device: torch.device) -> torch.Tensor:

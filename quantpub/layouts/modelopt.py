@@ -37,7 +37,7 @@ from dataclasses import replace
 
 import torch
 
-from quantpub.layouts.base import Config, InputScale, KvCache, Layout, Spec, Tensors
+from quantpub.layouts.base import Config, Cut, InputScale, KvCache, Layout, Spec, Tensors
 from quantpub.layouts.words import pack_nibbles, unpack_nibbles
 from quantpub.qtensor import QTensor
 from quantpub.scheme import PRESETS, WHOLE, Scheme
@@ -238,6 +238,10 @@ def tp_multiple_nvfp4(scheme: Scheme) -> tuple[int, int]:
     return 1, GROUP
 
 
+def cut_nvfp4(scheme: Scheme) -> Cut:
+    return Cut(1, {"weight": (0, 1), "weight_scale": (0, 1)})
+
+
 FP8 = Layout(
     "modelopt-fp8",
     "checkpoint",
@@ -291,4 +295,5 @@ NVFP4 = Layout(
     files=files,
     input_scale=INPUT_SCALE,
     kv_cache=KV_CACHE,
+    cut=cut_nvfp4,
 )

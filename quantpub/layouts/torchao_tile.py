@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import pad
 
 from quantpub.layouts import torchao_parts
-from quantpub.layouts.base import Config, Layout, Modules, Spec, Tensors, reject_integers, reject_rest
-from quantpub.layouts.words import in_blocks
+from quantpub.layouts.base import Config, Cut, Layout, Modules, Spec, Tensors, reject_integers, reject_rest
+from quantpub.layouts.words import in_blocks, join, split
 from quantpub.qtensor import QTensor
 from quantpub.scheme import Scheme
 
@@ -52,17 +52,17 @@ def spec(scheme: Scheme, n: int, k: int, dtype: str) -> Spec:
 def pack_tiles(codes_NK: torch.Tensor) -> torch.Tensor:
     """int8 codes −8…7 [N', K'] → int32 [N'/8, K'/128, 32, 4].
 
-    A row is 8i + a, a column 128j + 32m + 16h + 8l + 2c + d; word [i, j, 4a + c, m] holds it in the low (l = 0) or high
-    half of byte 2d + h. Those halves are eight columns apart: one 64-bit integer and the next.
+    A row is 8i + r, a column 128j + 32m + 8a + 2c + d; word [i, j, 4r + c, m] holds it in nibble 4d + a. So of 32 columns
+    (d within c within a) four words are made (a within d, one for each c): bytes are turned over 4×4, then nibbles.
     """
     return in_blocks(_tiles, codes_NK, ROWS)
 
 
 def _tiles(codes_NK: torch.Tensor) -> torch.Tensor:
     n, k = codes_NK.shape
-    x = (codes_NK.contiguous() + 8).view(torch.int64).view(n // 8, 8, k // TILE, 4, 2, 2)
-    halves = (x[..., 0] | (x[..., 1] << 4)).view(torch.int8).view(n // 8, 8, k // TILE, 4, 2, 4, 2)
-    return halves.permute(0, 2, 1, 5, 3, 6, 4).contiguous().view(-1).view(torch.int32).view(n // 8, k // TILE, 32, 4)
+    words = _as_words(join(codes_NK + 8)).view(n // 8, 8, k // TILE, 4, 4)
+    turned = torch.stack(turn(words.unbind(-1)), -2)  # [i, r, j, c, m]
+    return shuffled(turned.transpose(1, 2).contiguous(), LAST, FIRST).view(n // 8, k // TILE, 32, 4)
 
 
 def unpack_tiles(words: torch.Tensor) -> torch.Tensor:
@@ -72,10 +72,41 @@ def unpack_tiles(words: torch.Tensor) -> torch.Tensor:
 
 def _codes(words: torch.Tensor) -> torch.Tensor:
     rows, tiles = words.shape[:2]
-    halves = words.contiguous().view(-1).view(torch.int8).view(rows, tiles, 8, 4, 4, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
-    x = halves.contiguous().view(-1).view(torch.int64)
-    codes = torch.stack((x & 0x0F0F0F0F0F0F0F0F, (x >> 4) & 0x0F0F0F0F0F0F0F0F), -1)
-    return codes.view(torch.int8).view(rows * 8, tiles * TILE) - 8
+    x = shuffled(words.contiguous().view(rows, tiles, 8, 4, 4), FIRST, LAST).transpose(1, 2)
+    turned = torch.stack(turn(x.unbind(3)), -1)  # [i, r, j, m, a]
+    return split(turned.view(rows * 8, -1).view(torch.uint8)).view(torch.int8).sub_(8)
+
+
+# What is exchanged with its neighbour: (bits, those of the lower). Bytes of a word, then nibbles of both its halves
+FIRST, LAST = (8, 0x0000FF00), (4, 0x00F000F0)
+
+
+def shuffled(words: torch.Tensor, *exchanges: tuple[int, int]) -> torch.Tensor:
+    """Words whose nibbles run a within d → d within a, by FIRST and LAST; by the other order back."""
+    for bits, lower in exchanges:
+        upper = lower << bits
+        moved = (words & lower) << bits
+        moved |= (words & upper) >> bits
+        words = (words & ~(lower | upper)) | moved
+    return words
+
+
+def turn(planes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Four int32 planes: byte y of plane x becomes byte x of plane y. Its own inverse."""
+    a, b, c, d = planes
+    low, high, half = 0x00FF00FF, ~0x00FF00FF, 0xFFFF
+    even, odd = (a & low) | ((b & low) << 8), ((a >> 8) & low) | (b & high)
+    even2, odd2 = (c & low) | ((d & low) << 8), ((c >> 8) & low) | (d & high)
+    return [
+        (even & half) | (even2 << 16),
+        (odd & half) | (odd2 << 16),
+        ((even >> 16) & half) | (even2 & ~half),
+        ((odd >> 16) & half) | (odd2 & ~half),
+    ]
+
+
+def _as_words(bytes_RB: torch.Tensor) -> torch.Tensor:
+    return bytes_RB.view(-1).view(torch.int32)
 
 
 def pack(q: QTensor) -> Tensors:
@@ -126,6 +157,10 @@ def tp_multiple(scheme: Scheme) -> tuple[int, int]:
     return ROWS, COLUMNS
 
 
+def cut(scheme: Scheme) -> Cut:
+    return Cut(ROWS, {"_weight_qdata": (0, ROWS), "_weight_scale_and_zero": (1, 1)})
+
+
 LAYOUT = Layout(
     "torchao-tile",
     "checkpoint",
@@ -137,4 +172,5 @@ LAYOUT = Layout(
     config,
     tp_multiple,
     metadata=header,
+    cut=cut,
 )

@@ -70,14 +70,17 @@ CHECKS = {
     ),
     "bits": Rule(
         Entry("quantpub.verify.left_out:bits", "number formats are those declared, and nothing large was left out"),
-        "quantize again with a tool that reaches those weights (3-D experts as 2-D linears), or name them in ignore",
+        "quantize again with a tool that reaches those weights (3-D experts as 2-D linears), or let the config say what was done",
         (
             "readable",
             "tensors",
         ),
     ),
     "complete": Rule(
-        Entry("quantpub.verify.left_out:complete", "every layer and expert, the embedding and the head are there"),
+        Entry(
+            "quantpub.verify.whole:complete",
+            "every layer and expert, the embedding and the head are there, in the sizes that the config states",
+        ),
         "quantize again: an engine would fill what is missing with random numbers",
         ("readable", "tensors", "bits"),
     ),

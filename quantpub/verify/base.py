@@ -44,6 +44,11 @@ class Subject:
     def ours(self) -> bool:
         return isinstance(self.checkpoint, Artifact) or self.checkpoint.artifact is not None
 
+    @cached_property
+    def quantized_here(self) -> bool:
+        """Whether quantpub made its weights; what it only repacked came as another tool had left it."""
+        return self.ours and "quantized_by" not in self.artifact.run().get("source", {})
+
     @property
     def artifact(self) -> Artifact:
         """Of one of ours."""
@@ -89,7 +94,7 @@ class Subject:
 
         Errors: InputError when the recipe has a transform and its vectors are missing, or not of this model.
         """
-        if self.ours:
+        if self.quantized_here:
             return smoothing_of(self.artifact, self.decoder)
         from quantpub.verify.folded import folded
         from quantpub.verify.source import source_parts
@@ -131,3 +136,7 @@ def first(problems: list[str], fine: str) -> Finding:
     if not problems:
         return passed(fine)
     return failed(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,12 +9,13 @@ from quantpub.ct_config import ct_problems, problems_of_method
 from quantpub.kv_cache import ATTENTION
 from quantpub.kv_check import kv_problems, scale_of
 from quantpub.layouts.base import CT
-from quantpub.lookup import method_of, name_problems
-from quantpub.lookup_names import engine_modules
+from quantpub.lookup import method_of, name_problems, readers
+from quantpub.lookup_names import asks, engine_modules
 from quantpub.tp_cut import tp_table
 from quantpub.verify.base import Finding, Subject, failed, first
 from quantpub.verify.left_out import left_out
 
+AGREE = "hf_quant_config.json is read first"  # so begins what the two files of ModelOpt say differently
 ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")  # a sentence that begins so is about what that engine does not load
 
 
@@ -24,7 +25,8 @@ def parses(subject: Subject) -> Finding:
     nested = subject.held.json("hf_quant_config.json") or None
     problems = ct_problems(stated) if method_of(stated) == CT else problems_of_method(stated, nested)
     problems += _beside(stated, subject.held.json("quantize_config.json"), "quantize_config.json")
-    refused = [] if subject.ours else [problem for problem in problems if problem.startswith(ENGINES)]
+    told = [] if subject.ours else [problem for problem in problems if problem.startswith(ENGINES)]
+    refused = [problem for problem in told if AGREE not in problem]
     said = f"; refused by {'; '.join(refused)}" if refused else ""
     return first(
         [problem for problem in problems if problem not in refused],
@@ -45,8 +47,19 @@ def names(subject: Subject) -> Finding:
     missed = left_out(subject)
     plain = [module for module in subject.plain if module not in missed]
     problems = name_problems(subject.stated, subject.quantized, plain, fused, str(config.get("model_type", "")))
+    problems += _never_asked(subject)
     modules = len(engine_modules([*subject.quantized, *plain], fused))
     return first(problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them")
+
+
+def _never_asked(subject: Subject) -> list[str]:
+    """Quantized modules that engines hold in high precision whatever the config says: they would not find their weights."""
+    engines, model_type = readers(subject.stated), str(subject.held.text_config.get("model_type", ""))
+    modules = engine_modules(subject.quantized, subject.decoder.family().fused)
+    asked = {m for module in modules for m in module.members if any(asks(e, module, model_type) for e in engines)}
+    odd = [module for module in subject.quantized if module not in asked]
+    more = f" (and {len(odd) - 1} modules alike)" if len(odd) > 1 else ""
+    return [f"{odd[0]} is quantized, and engines hold it in high precision{more}"] if odd and engines else []
 
 
 def kv_cache(subject: Subject) -> Finding:

@@ -10,7 +10,7 @@ Legend: N rows, K columns, F factors of a fold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quantpub.verify.base import Subject
 
 NOISE = 0.05  # of a factor: what rounding weights makes of 1
+CERTAIN = 9  # times the median deviation, six standard deviations: so far rounding takes no column of many
 
 
 def folded(subject: Subject, parts: Mapping[str, Slice]) -> Smoothing | None:
@@ -46,10 +47,31 @@ def _there(fold: Fold, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str
 
 
 def _of_norm(subject: Subject, fold: Fold, parts: Mapping[str, Slice]) -> torch.Tensor | None:
+    """Where the readers' columns carry the factor, too: a norm that was merely changed is none that was folded."""
     name, one = f"{fold.source}.weight", float(fold.less_one)
     before, after = _weight(subject, parts[name]).float() + one, subject.decoder.tensor(name).float() + one
     sound = (before * after > 0) & torch.isfinite(after)
-    return torch.where(sound, before / after, torch.ones_like(before))
+    s_F = torch.where(sound, before / after, torch.ones_like(before))
+    readers = [reader for reader in fold.readers if reader in subject.quantized]
+    if not readers or not bool((s_F.log().abs() > NOISE).any()):
+        return s_F
+    found_F = _of_columns(subject, readers, parts).log()
+    off_F = found_F - s_F.log()
+    off_F = off_F - off_F.median()  # rows of a reader may be scaled themselves
+    noise = min(float(each.abs().median()) for each in (off_F, found_F - found_F.median()))
+    carried = off_F.abs() <= (s_F.log().abs() / 2).clamp(min=CERTAIN * noise)
+    return torch.where(carried, s_F, torch.ones_like(s_F))
+
+
+def _of_columns(subject: Subject, readers: Sequence[str], parts: Mapping[str, Slice]) -> torch.Tensor:
+    """By columns: what of the readers found lies along those of the source."""
+    along, length = [], []
+    for reader in readers:
+        before = _weight(subject, parts[f"{reader}.weight"]).float()
+        along.append((before * dequantize(subject.decoder.qtensor(reader))).sum(0))
+        length.append(before.square().sum(0))
+    found_F = torch.stack(along).sum(0) / torch.stack(length).sum(0)
+    return torch.where(torch.isfinite(found_F) & (found_F > 0), found_F, torch.ones_like(found_F))
 
 
 def _of_rows(subject: Subject, fold: Fold, parts: Mapping[str, Slice], smoothing: Smoothing) -> torch.Tensor | None:

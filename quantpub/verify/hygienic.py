@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantpub.artifact import META
 from quantpub.hygiene import bad_name, is_searched, remote_code, secrets_in
 from quantpub.sources import LocalSource
-from quantpub.verify.base import Finding, Subject, first
+from quantpub.verify.base import Finding, Subject, counted, first
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
@@ -16,7 +16,7 @@ def safe_files(subject: Subject) -> Finding:
     names = [name for name in source.files if not name.startswith(".cache/")]
     bad = [f"{name}: {reason}" for name in names if name != ".gitattributes" and (reason := bad_name(name))]
     if isinstance(source, LocalSource):
-        bad += [f"{name} is a link" for name in names if source.path(name).is_symlink() and subject.ours]
+        bad += [f"{name} is a link" for name in names if source.is_link(name) and subject.ours]
     return first(bad, f"{len(names)} files, weights in safetensors only")
 
 
@@ -40,4 +40,4 @@ def private(subject: Subject) -> Finding:
         for name in texts
         for line, kind in secrets_in(bytes(source.read(name)).decode("utf-8", "replace"))
     ]
-    return first(problems, f"{len(texts)} texts, no secrets and no local paths")
+    return first(problems, f"{counted(len(texts), 'text')}, no secrets and no local paths")

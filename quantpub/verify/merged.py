@@ -7,27 +7,30 @@ projections of all experts of a layer, and one for their down projections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from quantpub.decode import Decoder
 from quantpub.gemms import EXPERT, fuse
-from quantpub.qtensor import QTensor, same_bits
+from quantpub.qtensor import same_bits
 from quantpub.scheme import WHOLE
-from quantpub.verify.base import Finding, Subject, first
+from quantpub.verify.base import Finding, Subject, counted, first
 
 GLOBAL = (".weight_global_scale", ".weight_scale_2")
 
 
 def merged(subject: Subject) -> Finding:
     decoder = subject.decoder
-    if not subject.ours:
+    if not subject.quantized_here:
         return _adopted(subject)
     sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
     problems = [problem for members in sets if (problem := _differ(decoder, members))]
     inputs = one_input(decoder)
     problems += [problem for members in inputs if (problem := _scaled_apart(decoder, members))]
     scaled = f"; one scale of activations in each of {len(inputs)}" if inputs else ""
-    return first(problems, f"{len(sets)} sets of linears that engines merge{scaled}")
+    return first(problems, f"{counted(len(sets), 'set')} of linears that engines merge{scaled}")
 
 
 def _adopted(subject: Subject) -> Finding:
@@ -36,7 +39,7 @@ def _adopted(subject: Subject) -> Finding:
     sets = [members for members in fuse(dict(decoder.modules()), decoder.family()).values() if len(members) > 1]
     method = subject.opened.adopted.method.name
     problems = [] if method == "torchao" else [p for members in sets if (p := _global_apart(subject, members))]
-    return first(problems, f"{len(sets)} sets of linears that engines merge")
+    return first(problems, f"{counted(len(sets), 'set')} of linears that engines merge")
 
 
 def _global_apart(subject: Subject, members: Sequence[str]) -> str | None:
@@ -73,11 +76,17 @@ def _differ(decoder: Decoder, members: tuple[str, ...]) -> str | None:
     weight = schemes.pop().weight
     if not weight.global_scale and weight.block[0] != WHOLE:
         return None
-    parts = [decoder.qtensor(member) for member in members]
-    odd = next((m for m, part in zip(members, parts, strict=True) if not _alike(part, parts[0])), None)
+    own = [_whole(decoder, member) for member in members]
+    odd = next((m for m, found in zip(members, own, strict=True) if not _alike(found, own[0])), None)
     return odd and f"{odd}: its scale of the whole tensor is not that of {members[0]}, which engines merge it with"
 
 
-def _alike(a: QTensor, b: QTensor) -> bool:
-    whole = a.scheme.weight.block[0] != WHOLE or same_bits(a.scale, b.scale)
-    return whole and same_bits(a.global_scale, b.global_scale)
+def _whole(decoder: Decoder, module: str) -> dict[str, torch.Tensor]:
+    """suffix → the numbers on disk that a weight has one of; no codes are read. Those of its input are another matter."""
+    found = {name.removeprefix(f"{module}."): name for name in decoder.outputs(module)}
+    numbers = {s: name for s, name in found.items() if "input" not in s and math.prod(decoder.shape(name)) == 1}
+    return {suffix: decoder.tensor(name) for suffix, name in numbers.items()}
+
+
+def _alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[suffix], b[suffix]) for suffix in a)

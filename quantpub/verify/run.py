@@ -38,6 +38,8 @@ def verify(
     and says what it saw (`verify.engine`). A Hub source is read at the commit that run.json names.
     Errors: InputError when the source is another model.
     """
+    if isinstance(checkpoint, Opened) and checkpoint.artifact is None:
+        checkpoint.adopted  # noqa: B018 - what is not quantized at all has nothing to be judged by
     found = _source(checkpoint, source)
     subject = Subject(checkpoint, found, progress, weights=weights, tp=tp)
     findings = judge(subject)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from quantpub.adopt.generic import GENERIC
+import torch
+
 from quantpub.checkpoint import Checkpoint, Slice
-from quantpub.families import FAMILIES
+from quantpub.families import FAMILIES, GENERIC
 from quantpub.shards import raw_bytes
-from quantpub.verify.base import Finding, Subject, first, skipped
+from quantpub.verify.base import Finding, Subject, failed, first, skipped
+from quantpub.verify.whole import LM_HEAD, tied
 
 NO_SOURCE = "not looked at: no --source was given"
+COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)")
 REMOTE = "not looked at: it needs the weights, which --download fetches"
 
 
@@ -26,16 +31,36 @@ def coverage(subject: Subject) -> Finding:
     """Law 3 seen from outside: the plan names every source tensor once, and the small files came along unchanged."""
     if subject.source is None:
         return skipped(NO_SOURCE)
-    counts = Counter(line["as"] for line in subject.decoder.actions)
     parts = source_parts(subject.source)
+    counts = Counter(name for line in subject.decoder.actions for name in _of_source(subject, line))
+    if not subject.quantized_here:
+        parts = _wanted(subject, parts, counts)
     problems = [f"source tensor {name} has {counts[name]} actions" for name in parts if counts[name] != 1]
     problems += [f"{name} is in the plan, not in the source" for name in counts if name not in parts]
     problems += _reshaped(subject, parts)
-    for name in subject.source.companions if subject.ours else ():
+    for name in subject.source.companions if subject.quantized_here else ():
         ours = subject.artifact.path / name
         if not ours.is_file() or _digest(ours.read_bytes()) != _digest(subject.source.source.path(name).read_bytes()):
             problems.append(f"{name} is not the source's")
     return first(problems, f"{len(parts)} source tensors, {len(subject.source.companions)} files beside them")
+
+
+def _of_source(subject: Subject, line: Mapping[str, Any]) -> list[str]:
+    """The names by which `source_parts` knows what a line is of: experts in one parameter are many."""
+    name, members = str(line["as"]), subject.decoder.family().expert_members(str(line["as"]))
+    if not members or len(line["shape"]) != 3:
+        return [name]
+    prefix = name.rpartition(".experts.")[0]
+    return [f"{prefix}.experts.{i}.{member}.weight" for i in range(line["shape"][0]) for member in members]
+
+
+def _wanted(subject: Subject, parts: Mapping[str, Slice], counts: Counter[str]) -> dict[str, Slice]:
+    """Without what other tools rightly leave out or add: buffers that are computed anew, and a head tied to the embedding."""
+    odd = {name for name in parts if COMPUTED.fullmatch(name) and not counts[name]}
+    if tied(subject) and (LM_HEAD in parts) != (LM_HEAD in counts):
+        odd.add(LM_HEAD)
+        counts.pop(LM_HEAD, None)
+    return {name: part for name, part in parts.items() if name not in odd}
 
 
 def _reshaped(subject: Subject, parts: Mapping[str, Slice]) -> list[str]:
@@ -49,23 +74,29 @@ def _digest(data: bytes) -> bytes:
 
 
 def copies(subject: Subject) -> Finding:
-    """Embeddings, norms, routers, heads: what was not quantized must not have been touched, but by the factors of smoothing."""
-    if subject.source is None:
-        return skipped(NO_SOURCE)
+    """Embeddings, norms, routers, heads: what was not quantized must not have been touched, but by the factors of smoothing.
+
+    Without a source no more is known than that they are numbers. What the source lacks is a matter of `coverage`.
+    """
+    names = subject.decoder.copied()
     if not subject.weights:
-        return skipped(REMOTE)
-    parts, names = source_parts(subject.source), subject.decoder.copied()
-    problems = [
-        f"{name} differs from the source"
-        for name in names
-        if name not in parts or not _same_bytes(subject, name, parts[name])
-    ]
+        return skipped(NO_SOURCE if subject.source is None else REMOTE)
+    if subject.source is None:
+        odd = next((name for name in names if not _finite(subject.decoder.tensor(name))), None)
+        return failed(f"{odd} holds what is not a finite number") if odd else skipped(NO_SOURCE)
+    parts = source_parts(subject.source)
+    compared = [name for name in names if name in parts]
+    problems = [f"{name} differs from the source" for name in compared if not _same_bytes(subject, name, parts[name])]
     smoothed = sum(line["action"] == "smooth" for line in subject.decoder.actions)
     folded = f", {smoothed} of them after the factors of smoothing" if smoothed else ""
-    return first(problems, f"{len(names)} tensors byte-identical{folded}")
+    return first(problems, f"{len(compared)} tensors byte-identical{folded}")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor.float()).all())
 
 
 def _same_bytes(subject: Subject, name: str, part: Slice) -> bool:
     """Another tool may have cast the whole model to its dtype."""
     found, due = subject.decoder.tensor(name), subject.due(part)
-    return raw_bytes(found) == raw_bytes(due if subject.ours else due.to(found.dtype))
+    return raw_bytes(found) == raw_bytes(due if subject.quantized_here else due.to(found.dtype))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 
+from quantpub.artifact import SUMS
 from quantpub.checkpoint import public_config
 from quantpub.decode import outputs_of
 from quantpub.sources import LocalSource
-from quantpub.verify.base import Finding, Subject, first, skipped
+from quantpub.verify.base import Finding, Subject, counted, first, skipped
 
 
 def files(subject: Subject) -> Finding:
@@ -21,6 +22,7 @@ def files(subject: Subject) -> Finding:
         )
     sums = subject.artifact.sums()
     wrong = [name for name, digest in sums.items() if name not in source.files or source.sha256(name) != digest]
+    wrong += sorted(set(source.files) - set(sums) - {SUMS})
     return first(
         [f"{name} is not what SHA256SUMS states" for name in wrong], f"{len(sums)} files, by the Hub's own sha256"
     )
@@ -29,7 +31,7 @@ def files(subject: Subject) -> Finding:
 def index(subject: Subject) -> Finding:
     """Known failure: a resumed run that wrote modules twice. The index and the headers must be the same map."""
     held = subject.held
-    return first(list(held.problems), f"{len(held.place)} tensors in {len(held.headers)} shards")
+    return first(list(held.problems), f"{len(held.place)} tensors in {counted(len(held.headers), 'shard')}")
 
 
 def tensors(subject: Subject) -> Finding:
@@ -90,7 +92,7 @@ def config(subject: Subject) -> Finding:
         path = subject.artifact.path / name
         if not path.is_file() or json.loads(path.read_text("utf-8")) != content:
             problems.append(f"{name} is not what the layout states")
-    if subject.source is not None:
+    if subject.source is not None and subject.quantized_here:
         expected = public_config(subject.source)
         ours = {key: value for key, value in stated.items() if key not in ("quantization_config", "_name_or_path")}
         problems += [f"{key} is not the source's" for key in {*ours, *expected} if ours.get(key) != expected.get(key)]

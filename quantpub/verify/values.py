@@ -32,8 +32,11 @@ def values(subject: Subject) -> Finding:
         q = subject.decoder.qtensor(module)
         problems += [f"{module}.{suffix}: {reason}" for suffix, reason in altered(subject, module, q)]
         floor = floors[module] = FLOORS_DB[q.scheme.weight.num]
-        if subject.source is not None:
-            w_NK = subject.due(parts[f"{module}.weight"])
+        part = parts.get(f"{module}.weight")
+        if part is None:
+            problems += [f"{module}: a weight is not a finite number"] if not _finite(q) else []
+        else:
+            w_NK = subject.due(part)
             whole, rows = sqnr_db(w_NK, q)
             measured[module] = whole
             if not min(whole, rows) >= floor:
@@ -49,6 +52,10 @@ def values(subject: Subject) -> Finding:
         f"{len(measured)} tensors, SQNR {min(measured.values(), default=0):.1f} dB or more, "
         f"floor {' and '.join(f'{value:g}' for value in sorted(set(floors.values())))} dB{cached}",
     )
+
+
+def _finite(q: QTensor) -> bool:
+    return bool(torch.isfinite(dequantize(q)).all())
 
 
 def altered(subject: Subject, module: str, q: QTensor) -> list[tuple[str, str]]:

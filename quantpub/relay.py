@@ -1,0 +1,81 @@
+"""One weight from a layout to another, by blocks of rows: no tensor of its codes is ever whole, and what works on it stays
+in the cache. Every block that is packed is unpacked again and compared, bit for bit.
+
+Legend: N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quantpub.layouts.base import Cut, Layout, Spec, Tensors
+from quantpub.qtensor import QTensor, same
+from quantpub.scheme import Scheme
+from quantpub.shards import DTYPES
+
+BLOCK = 1 << 22  # codes worked on at a time: fewer, and threads wait for one another; more, and they leave the cache
+
+
+@dataclass(frozen=True)
+class Side:
+    """A layout, and the scheme that it holds the weight in."""
+
+    layout: Layout
+    scheme: Scheme
+
+
+class Unlike(Exception):
+    """What was packed does not read back as what it was made of."""
+
+
+def relay(
+    found: Tensors, before: Side, after: Side, shape: tuple[int, int], spec: Spec, through: Callable[[QTensor], QTensor]
+) -> Tensors:
+    """found: the tensors by suffix of a weight [N, K]. spec: of what is made. through(a block of rows) → what it becomes.
+
+    Errors: Unlike; what `through` raises.
+    """
+    cuts = before.layout.cut(before.scheme), after.layout.cut(after.scheme)
+    rows = _rows(shape, *cuts)
+    if rows is None or cuts[0] is None or cuts[1] is None:
+        return _made(before.layout.unpack(found, before.scheme, shape), after, through)
+    made = {suffix: torch.empty(size, dtype=DTYPES[dtype]) for suffix, (dtype, size) in spec.items()}
+    for start, stop in _blocks(shape[0], rows):
+        part = {suffix: _part(tensor, cuts[0], suffix, start, stop) for suffix, tensor in found.items()}
+        q = before.layout.unpack(part, before.scheme, (stop - start, shape[1]))
+        for suffix, tensor in _made(q, after, through).items():
+            _part(made[suffix], cuts[1], suffix, start, stop).copy_(tensor)
+    if "weight_shape" in made:
+        made["weight_shape"] = torch.tensor(shape, dtype=made["weight_shape"].dtype)
+    return made
+
+
+def _rows(shape: tuple[int, int], *cuts: Cut | None) -> int | None:
+    """Rows of a block; None: the weight goes through whole."""
+    if any(cut is None for cut in cuts):
+        return None
+    least = math.lcm(*(cut.rows for cut in cuts if cut is not None))
+    return None if shape[0] % least else max(1, BLOCK // (shape[1] * least)) * least
+
+
+def _blocks(n: int, rows: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(n, start + rows)) for start in range(0, n, rows))
+
+
+def _part(tensor: torch.Tensor, cut: Cut, suffix: str, start: int, stop: int) -> torch.Tensor:
+    if suffix not in cut.parts:
+        return tensor
+    axis, per = cut.parts[suffix]
+    return tensor.narrow(axis, start // per, (stop - start) // per)
+
+
+def _made(q: QTensor, after: Side, through: Callable[[QTensor], QTensor]) -> Tensors:
+    q = through(q)
+    tensors = after.layout.pack(q)
+    if not same(after.layout.unpack(tensors, after.scheme, q.shape), q):
+        raise Unlike
+    return tensors

@@ -1,0 +1,20 @@
+"""As kill.py, of a repack: usage: kill_repack.py CHECKPOINT LAYOUT WORK points | random COUNT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kill
+
+from quantpub.opened import open_quantized
+from quantpub.repack import repack
+from quantpub.repacking import make_repack
+
+
+def run(out: Path) -> None:
+    repack(make_repack(open_quantized(kill.MODEL), kill.RECIPE), out, accept_loss=True)
+
+
+if __name__ == "__main__":
+    kill.run = run
+    kill.main()

@@ -86,6 +86,12 @@ def _moe(recipe: str, layout: str, scheme: str, kernel: str, said: str) -> tuple
     return replace(run, experts=True, kernel=kernel, said=said), run
 
 
+def _repacked(source: str, layout: str, scheme: str) -> Seen:
+    """A run of vLLM beside the base model: its logits are those of our own evaluation."""
+    name = f"{source}-as-{layout}"
+    return Seen("vllm", "0.25.1", "sm90", layout, scheme, name, "docs/evidence/h200-canary-dense-28m.json")
+
+
 def _transformers(checkpoint: str, layout: str, scheme: str, evidence: str, experts: bool = False) -> Seen:
     version, machine = ("5.17.0", "sm90") if evidence == _TORCHAO else ("5.23.0", "cpu")
     return Seen("transformers", version, machine, layout, scheme, checkpoint, evidence, experts)
@@ -113,6 +119,10 @@ SEEN = (
     _vllm("int4-hqq-tile", "torchao-tile", "W4A16_FLOAT_ZERO"),
     _vllm("w4a16-fp8-down", "ct-pack", "W4A16"),
     _vllm("w4a16-fp8-down", "ct-pack", "FP8_DYNAMIC", stored="ct-float"),
+    _repacked("w4a16-ct-pack", "gptq-v2", "W4A16"),
+    _repacked("fp8-dynamic-ct-float", "modelopt-fp8-channel", "FP8_DYNAMIC"),
+    replace(_repacked("fp8-block-hf-fp8", "modelopt-fp8-block", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
+    replace(_repacked("", "modelopt-fp8", "FP8"), checkpoint="fp8-static-kv-modelopt-fp8"),
     *_moe("w4a16", "ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("w4a16-asym", "ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("int8-dynamic", "ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),

@@ -1,5 +1,6 @@
 """One weight from a layout to another, by blocks of rows: no tensor of its codes is ever whole, and what works on it stays
-in the cache. Every block that is packed is unpacked again and compared, bit for bit.
+in the cache. Every block that is packed is unpacked again and compared, bit for bit. Between layouts that keep int4 codes in
+words of eight, words are handed over as they are, and taken back to compare.
 
 Legend: N out_features, K in_features.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from quantpub.layouts.base import Cut, Layout, Spec, Tensors
-from quantpub.qtensor import QTensor, same
+from quantpub.qtensor import QTensor, same, same_bits
 from quantpub.scheme import Scheme
 from quantpub.shards import DTYPES
 
@@ -46,8 +47,12 @@ def relay(
     made = {suffix: torch.empty(size, dtype=DTYPES[dtype]) for suffix, (dtype, size) in spec.items()}
     for start, stop in _blocks(shape[0], rows):
         part = {suffix: _part(tensor, cuts[0], suffix, start, stop) for suffix, tensor in found.items()}
-        q = before.layout.unpack(part, before.scheme, (stop - start, shape[1]))
-        for suffix, tensor in _made(q, after, through).items():
+        size = (stop - start, shape[1])
+        if _in_words(before, after):
+            tensors = _handed_over(part, before, after, size, through)
+        else:
+            tensors = _made(before.layout.unpack(part, before.scheme, size), after, through)
+        for suffix, tensor in tensors.items():
             _part(made[suffix], cuts[1], suffix, start, stop).copy_(tensor)
     if "weight_shape" in made:
         made["weight_shape"] = torch.tensor(shape, dtype=made["weight_shape"].dtype)
@@ -79,3 +84,27 @@ def _made(q: QTensor, after: Side, through: Callable[[QTensor], QTensor]) -> Ten
     if not same(after.layout.unpack(tensors, after.scheme, q.shape), q):
         raise Unlike
     return tensors
+
+
+def _handed_over(
+    part: Tensors, before: Side, after: Side, shape: tuple[int, int], through: Callable[[QTensor], QTensor]
+) -> Tensors:
+    """A block whose codes stay in their words: what is unpacked and packed has codes that are not there (device meta)."""
+    taken, given = before.layout.words, after.layout.words
+    assert taken is not None and given is not None
+    words = taken.take(part[taken.suffix], shape)
+    q = through(before.layout.unpack(part | {taken.suffix: part[taken.suffix].to("meta")}, before.scheme, shape))
+    tensors = after.layout.pack(q)
+    back = after.layout.unpack(tensors, after.scheme, shape)
+    tensors[given.suffix] = given.give(words, shape)
+    if not torch.equal(given.take(tensors[given.suffix], shape), words):
+        raise Unlike
+    if not all(same_bits(getattr(back, name), getattr(q, name)) for name in ("scale", "zero")):
+        raise Unlike
+    return tensors
+
+
+def _in_words(before: Side, after: Side) -> bool:
+    """Whether codes can be handed over in words: int4 in both layouts, under one scheme."""
+    known = before.layout.words is not None and after.layout.words is not None
+    return known and before.scheme == after.scheme and before.scheme.weight.num == "int4"

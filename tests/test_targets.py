@@ -15,7 +15,18 @@ from quantpub.checkpoint import open_checkpoint
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES
 from quantpub.hardware import EFFECTS, GENERATIONS, NEXT, TILES, misfit
-from quantpub.kernel_tables import ROWS, SEEN, UNKNOWN, basis, by_outcome, engine_table, expected, hardware_rows, loaded
+from quantpub.kernel_tables import (
+    ROWS,
+    SEEN,
+    UNKNOWN,
+    Seen,
+    basis,
+    by_outcome,
+    engine_table,
+    expected,
+    hardware_rows,
+    loaded,
+)
 from quantpub.layouts import LAYOUTS
 from quantpub.measured import INT4_DEVICE, INT4_EVIDENCE, INT4_H200, KERNELS, pays_up_to, table
 from quantpub.plan import make_plan, require_runnable
@@ -139,7 +150,7 @@ def test_every_layout_and_scheme_that_an_engine_loads_has_a_kernel_somewhere() -
                     assert any(cell.kernel for cell in cells), f"{engine} {layout} {scheme}"
 
 
-RUNS = [run for run in SEEN if run.engine == "vllm"]
+RUNS = [run for run in SEEN if run.engine == "vllm" and "canary" not in run.evidence]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.checkpoint}-{run.scheme}{'-experts' * run.experts}")
@@ -168,6 +179,32 @@ def test_every_checkpoint_of_the_evidence_is_seen(evidence: str) -> None:
     for checkpoint in json.loads((ROOT / evidence).read_text())["checkpoints"]:
         for kind in kinds_of(checkpoint) if checkpoint != "bf16" else ():
             assert loaded("vllm", [(*kind, "moe" in evidence)]), (checkpoint, kind)
+
+
+CANARIES = [
+    (name, found)
+    for file in ("h200-canary-dense-28m", "h200-canary-moe-27m")
+    for name, found in json.loads((ROOT / f"docs/evidence/{file}.json").read_text())["checkpoints"].items()
+    if "kl" in found
+]
+BF16 = 0.0012  # nats per token that computing in bf16 adds to either side
+
+
+@pytest.mark.parametrize(("name", "found"), CANARIES, ids=[name for name, _ in CANARIES])
+def test_the_engine_computes_what_our_evaluation_computes(name: str, found: dict[str, Any]) -> None:
+    """FP4 activations apart: a Hopper serves nvfp4 weight-only, and our evaluation rounds them as a Blackwell does."""
+    if name == "nvfp4-modelopt-nvfp4":
+        assert found["kl"]["mean"] < found["own_kl"]["mean"] / 2
+        return
+    noise = 3 * max(found["kl"]["stderr"], found["own_kl"]["stderr"]) + BF16
+    assert abs(found["kl"]["mean"] - found["own_kl"]["mean"]) < noise
+
+
+@pytest.mark.parametrize("run", [run for run in SEEN if "canary" in run.evidence], ids=lambda run: run.checkpoint)
+def test_what_was_seen_beside_its_base_passed(run: Seen) -> None:
+    evidence = json.loads((ROOT / run.evidence).read_text())
+    assert evidence["checkpoints"][run.checkpoint]["verdict"] == "passed"
+    assert evidence["made_by"]["versions"]["vllm"] == run.version
 
 
 def test_what_transformers_opened_is_what_the_tests_open() -> None:

@@ -35,6 +35,14 @@ def itself(q: QTensor) -> QTensor:
     return q
 
 
+def as_stored(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return words
+
+
+def turned(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return words.T.contiguous()
+
+
 @dataclass(frozen=True)
 class KvCache:
     """How a layout says that keys and values are kept in FP8, with one multiplier of each for an attention.
@@ -68,6 +76,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class RowWords:
+    """Where a layout keeps int4 codes, and how that stands to words along the rows: int32 [N, K/8], column c of a word in bits
+    4c … 4c+3 as code + 8. Two layouts that both know this can hand codes over without taking words apart.
+
+    take(the tensor of `suffix`, (n, k)) → words; give(words, (n, k)) → the tensor.
+    """
+
+    suffix: str
+    take: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+    give: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Layout:
     """name; kind: `checkpoint` (an engine loads it), `kernel` (a kernel eats it) or `peer` (another tool's: read, never
     written). method: `quant_method` of the config.
@@ -84,7 +105,7 @@ class Layout:
     input_scale: of schemes with calibrated activations. kv_cache: None where the layout has no place for its scales.
     nearest(q) → the nearest weight that `pack` is exact for. Itself for what quantpub makes: other tools choose numbers that
     a layout may not be able to write to the last bit.
-    cut(scheme) → how a weight may be worked on by blocks of rows; None: as a whole only.
+    cut(scheme) → how a weight may be worked on by blocks of rows; None: as a whole only. words: of int4 codes.
     """
 
     name: str
@@ -103,6 +124,7 @@ class Layout:
     kv_cache: KvCache | None = None
     nearest: Callable[[QTensor], QTensor] = itself
     cut: Callable[[Scheme], Cut | None] = whole
+    words: RowWords | None = None
 
 
 def peer(

@@ -23,8 +23,10 @@ from quantpub.layouts.base import (
     Config,
     Cut,
     Layout,
+    RowWords,
     Spec,
     Tensors,
+    as_stored,
     ct_arguments,
     ct_config,
     ct_group,
@@ -136,4 +138,5 @@ LAYOUT = Layout(
     group,
     kv_cache=CT_KV_CACHE,
     cut=cut,
+    words=RowWords("weight_packed", as_stored, as_stored),
 )

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from quantpub.layouts.base import Config, Layout, reject_integers
+from quantpub.layouts.base import Config, Layout, RowWords, reject_integers, turned
 from quantpub.layouts.gptq_words import ANY_ZERO, SYMMETRIC, Words, cut, reject_shape, tp_multiple
 from quantpub.scheme import WHOLE, Scheme
 
@@ -72,6 +72,7 @@ def _layout(name: str, words: Words, reject: Callable[[Scheme, int, int, str], s
         tp_multiple,
         files=files,
         cut=cut,
+        words=RowWords("qweight", turned, turned),
     )
 
 

@@ -67,9 +67,7 @@ class Words:
             "scales": q.scale.T.contiguous(),
             "qzeros": PACK[bits](shifted(zero_NG, -self.less, bits).T.contiguous()),
         }
-        return (
-            tensors | {"g_idx": in_order(q.shape[1], q.scale.shape[1], q.codes_NK.device)} if self.ordered else tensors
-        )
+        return tensors | {"g_idx": in_order(q.shape[1], q.scale.shape[1], q.scale.device)} if self.ordered else tensors
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
         bits = scheme.weight.number.bits

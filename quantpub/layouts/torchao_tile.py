@@ -60,7 +60,7 @@ def pack_tiles(codes_NK: torch.Tensor) -> torch.Tensor:
 
 def _tiles(codes_NK: torch.Tensor) -> torch.Tensor:
     n, k = codes_NK.shape
-    words = _as_words(join(codes_NK + 8)).view(n // 8, 8, k // TILE, 4, 4)
+    words = join(codes_NK + 8).view(-1).view(torch.int32).view(n // 8, 8, k // TILE, 4, 4)
     turned = torch.stack(turn(words.unbind(-1)), -2)  # [i, r, j, c, m]
     return shuffled(turned.transpose(1, 2).contiguous(), LAST, FIRST).view(n // 8, k // TILE, 32, 4)
 
@@ -103,10 +103,6 @@ def turn(planes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         ((even >> 16) & half) | (even2 & ~half),
         ((odd >> 16) & half) | (odd2 & ~half),
     ]
-
-
-def _as_words(bytes_RB: torch.Tensor) -> torch.Tensor:
-    return bytes_RB.view(-1).view(torch.int32)
 
 
 def pack(q: QTensor) -> Tensors:

@@ -272,5 +272,6 @@ GENERIC = Family(
         (r".*\.weight", LINEAR),
         (r".*", BUFFER),
     ),
+    fused=_FUSED | {"w13": ("w1", "w3"), "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")},
     row_parallel=r".*\.(o_proj|out_proj|down_proj|w2|c_proj|dense_4h_to_h)",
 )

@@ -34,9 +34,16 @@ class Unlike(Exception):
 
 
 def relay(
-    found: Tensors, before: Side, after: Side, shape: tuple[int, int], spec: Spec, through: Callable[[QTensor], QTensor]
+    found: Tensors,
+    before: Side,
+    after: Side,
+    shape: tuple[int, int],
+    spec: Spec,
+    through: Callable[[QTensor], QTensor],
+    converts: bool = False,
 ) -> Tensors:
-    """found: the tensors by suffix of a weight [N, K]. spec: of what is made. through(a block of rows) → what it becomes.
+    """found: the tensors by suffix of a weight [N, K]. spec: of what is made. through(a block of rows) → what it becomes;
+    converts: whether it looks at codes.
 
     Errors: Unlike; what `through` raises.
     """
@@ -48,7 +55,7 @@ def relay(
     for start, stop in _blocks(shape[0], rows):
         part = {suffix: _part(tensor, cuts[0], suffix, start, stop) for suffix, tensor in found.items()}
         size = (stop - start, shape[1])
-        if _in_words(before, after):
+        if not converts and _in_words(before, after):
             tensors = _handed_over(part, before, after, size, through)
         else:
             tensors = _made(before.layout.unpack(part, before.scheme, size), after, through)

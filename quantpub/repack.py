@@ -136,7 +136,7 @@ def _repacked(repack: Repack, action: Action) -> tuple[dict[str, memoryview], Pr
     tally = Tally(module, route)
     sides = Side(treatment.layout, treatment.scheme), Side(route.layout, route.scheme)
     try:
-        tensors = relay(decoder.packed(module), *sides, (n, k), spec, tally.through)
+        tensors = relay(decoder.packed(module), *sides, (n, k), spec, tally.through, route.conversion is not None)
     except Unlike:
         what, where = f"{module} does not read back as it was written", repack.opened.held.source.label
         raise InputError(what, where=where, next="run `quantpub verify` on it; please report this") from None

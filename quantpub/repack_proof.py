@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from quantpub.artifact import META
 from quantpub.conversions import convert, cost, relative
 from quantpub.destination import Destination
@@ -49,6 +51,7 @@ class Tally:
                 raise InputError(what, where=self.module, next=advice) from None
             change, whole = cost(before, after)
             self.change, self.whole = self.change + change, self.whole + whole
+        _require_scales(self.module, after)
         held = route.layout.nearest(after)
         self.rounded = max(self.rounded, 0.0 if held is after else _change(after, held))
         return held
@@ -56,6 +59,14 @@ class Tally:
     def proof(self) -> Proof:
         lost = relative(self.change, self.whole)
         return Proof(self.module, lost == 0 and self.rounded == 0, self.rounded, lost)
+
+
+def _require_scales(module: str, q: QTensor) -> None:
+    """Errors: InputError where a scale of the whole tensor is none, or has no reciprocal in float32."""
+    for name, value in (("global scale", q.global_scale), ("scale of activations", q.input_scale)):
+        if value is not None and not bool((value > 0) & torch.isfinite(value) & torch.isfinite(value.reciprocal())):
+            what, advice = f"its {name} is {float(value):g}", "run `quantpub verify` on it; quantize it again"
+            raise InputError(what, where=module, next=advice)
 
 
 def _change(before: QTensor, after: QTensor) -> float:

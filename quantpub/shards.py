@@ -135,7 +135,10 @@ def build_header(
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as they stand in a file."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    held = tensor.detach().cpu()
+    if held.numel() < 2:  # one element counts as contiguous whatever its stride
+        held = held.clone(memory_format=torch.contiguous_format)
+    flat = held.contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy().data)
 
 

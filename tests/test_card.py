@@ -682,7 +682,7 @@ def test_experts_have_kernels_of_their_own_on_the_card(tmp_path: Path) -> None:
 def test_an_engine_that_refuses_experts_is_not_on_the_card(tmp_path: Path) -> None:
     artifact = Artifact.open(make_artifact(save_moe(tmp_path / "m"), "int8-dynamic", tmp_path / "a"))
     card(artifact)
-    assert artifact.run()["engines"] == ["vllm", "transformers"]
+    assert artifact.run()["engines"] == ["vllm"]
     assert "vllm serve" in readme(artifact) and "sglang" not in readme(artifact).split("```yaml")[0]
 
 

@@ -167,6 +167,7 @@ def mutations(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None)
 @given(mutations())
 def test_what_is_refused_is_what_the_parser_refuses(config: dict[str, Any]) -> None:
@@ -199,6 +200,7 @@ KEYS = ["modules_to_not_convert", "ignored_layers", "exclude_modules", "quantize
 KEYS += ["quant_type", "modules_in_block_to_quantize", "block_name_to_quantize", "desc_act", "sym", "weight_block_size"]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from([*TOP, "quantization", "dynamic", "bits", "group_size"]), JSON), st.data())
 def test_whatever_stands_there_is_judged(config: dict[str, Any], data: st.DataObject) -> None:

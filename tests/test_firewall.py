@@ -33,6 +33,8 @@ UNREAD = {"gptqmodel-gptq-desc-act-dense": "desc_act", "modelopt-int4-awq-dense"
 CASES = [(f"row {row}: {name}", plant) for row, plants in ROWS.items() for name, plant in plants.items()]
 CASES += list(FURTHER.items())
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def stable(tmp_path_factory: pytest.TempPathFactory) -> Stable:

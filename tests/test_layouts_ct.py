@@ -178,9 +178,9 @@ def test_global_scales_are_divisors_on_disk() -> None:
 
 
 def test_a_global_scale_that_is_no_reciprocal_is_an_error_and_the_nearest_is_not() -> None:
-    """1/7 comes back from a neighbour of 7; of 1 − 2^-24 no float32 is the reciprocal."""
+    """3 is a reciprocal; 1 − 2^-24 is none of any float32."""
     q, layout = random_q(preset("NVFP4A16"), 4, 32, torch.bfloat16, 0), layout_of("ct-nvfp4")
-    fine = QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(7.0))
+    fine = QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(3.0))
     assert same(layout.unpack(layout.pack(fine), q.scheme, (4, 32)), fine)
     odd = QTensor(q.scheme, q.codes_NK, q.scale, None, torch.tensor(1 - 2.0**-24))
     with pytest.raises(AssertionError, match="no float32 has the reciprocal"):

@@ -378,6 +378,7 @@ def test_what_is_the_same_in_two_layouts() -> None:
     assert torch.equal(packed["ct-pack"]["weight_zero_point"].T, packed["gptq-v2"]["qzeros"])
 
 
+@pytest.mark.slow
 def test_transformers_opens_torchao_nvfp4(tmp_path: Path) -> None:
     """As torchao's own tensors, each of which is our weight to the bit."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor

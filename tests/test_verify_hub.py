@@ -32,6 +32,8 @@ SHARD = "model.safetensors"
 UNREAD = {"coverage", "copies", "values"}  # without a source and without weights
 MB = 1_000_000
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,6 +36,8 @@ METHODS: dict[str, Reader] = {
 }
 # A key that only files of this method hold, where they do not name it
 UNNAMED = {"quantization": "modelopt", "w_bit": "awq", "desc_act": "gptq"}
+# Architectures that quantpub does not quantize, with the names of one that it does
+ALIASES = {"kimi_k2": "deepseek_v3", "deepseek_v32": "deepseek_v3", "glm_moe_dsa": "deepseek_v3"}
 READABLE = {**LAYOUTS, **PEER_LAYOUTS}
 SIDE = 1024  # rows that every layout takes
 KV_SCALES = {"k_scale": "k", "v_scale": "v"}
@@ -58,7 +60,8 @@ class Adopted:
 
 def family_of(held: Held) -> Family:
     """Of the language model; one that is not known by name is told by the endings of its tensors' names."""
-    return FAMILIES.get(str(held.config.get("model_type")), GENERIC)
+    name = str(held.config.get("model_type"))
+    return FAMILIES.get(ALIASES.get(name, name), GENERIC)
 
 
 def adopt(held: Held) -> Adopted:

@@ -32,6 +32,8 @@ def method(held: Held) -> Method:
         if group is None:
             raise Undeclared("it is quantized, and no group of quantization_config names it")
         form = str(group.get("format") or config.get("format"))
+        if form == "naive-quantized":  # what the library called both before
+            form = "float-quantized" if (group.get("weights") or {}).get("type") == "float" else "int-quantized"
         if form not in LAYOUTS:
             raise Unreadable(f"compressed-tensors' format {form} is not read")
         if "weight_g_idx" in module.tensors:

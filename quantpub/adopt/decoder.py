@@ -8,6 +8,7 @@ import torch
 
 from quantpub.adopt import Adopted
 from quantpub.adopt.base import fitted
+from quantpub.adopt.doubts import doubt
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
@@ -38,6 +39,8 @@ class AdoptedDecoder(Decoder):
         found = super().packed(module)
         spec = treatment.layout.spec(treatment.scheme, n, k, self.source_dtype(module))
         tensors = {suffix: fitted(tensor, *spec[suffix]) for suffix, tensor in found.items()}
+        if reason := doubt(treatment.layout.name, tensors, treatment.scheme, (n, k)):
+            raise InputError(reason, where=module, next="quantize it again from the full-precision model")
         if "g_idx" in tensors:
             _require_order(module, tensors["g_idx"], k, treatment.scheme.weight.scale_shape(n, k)[1])
         return tensors

@@ -89,12 +89,17 @@ def divergence(base_TV: torch.Tensor, found_TV: torch.Tensor) -> torch.Tensor:
 
 
 def coarse(base: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> torch.Tensor:
-    """KL of each position with all tokens as one that the two do not both name: at most the true one."""
+    """KL of each position over the base's own tokens and all others as one: at most the true one.
+
+    To a token of the base that the other does not name it gives no more than to the last that it names.
+    """
     equal_TKK = base["top_ids_TK"][:, :, None] == found["top_ids_TK"][:, None, :]
-    p_TK = base["top_logprobs_TK"].double().exp() * equal_TKK.any(2)
-    q_TK = (found["top_logprobs_TK"].double().exp()[:, None, :] * equal_TKK).sum(2)
-    p_TS, q_TS = (torch.cat([x_TK, (1 - x_TK.sum(1, keepdim=True)).clamp(min=0)], 1) for x_TK in (p_TK, q_TK))
-    return (p_TS * (p_TS.clamp(min=TINY) / q_TS.clamp(min=TINY)).log()).sum(1).float()
+    p_TK, theirs_TK = base["top_logprobs_TK"].double().exp(), found["top_logprobs_TK"].double().exp()
+    named_TK = (theirs_TK[:, None, :] * equal_TKK).sum(2)
+    q_TK = torch.where(equal_TKK.any(2), named_TK, theirs_TK.amin(1, keepdim=True))
+    p_TS = torch.cat([p_TK, (1 - p_TK.sum(1, keepdim=True)).clamp(min=0)], 1)
+    q_TS = torch.cat([q_TK, torch.ones_like(q_TK[:, :1])], 1)  # the others have one at most
+    return (p_TS * (p_TS.clamp(min=TINY) / q_TS.clamp(min=TINY)).log()).sum(1).clamp(min=0).float()
 
 
 def own_nll(rows_TV: torch.Tensor, ids: Sequence[int]) -> float:

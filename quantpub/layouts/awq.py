@@ -54,7 +54,7 @@ def pack_interleaved(codes_NR: torch.Tensor) -> torch.Tensor:
 def unpack_interleaved(words_RW: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_interleaved`: int32 [R, N/8] → int8 [N, R]."""
     rows, words = words_RW.shape
-    x = words_RW.T.reshape(-1).view(torch.int8).view(words, rows, 4)
+    x = words_RW.T.contiguous().view(-1).view(torch.int8).view(words, rows, 4)
     low, high = x & 0xF, (x >> 4) & 0xF
     columns = [half[..., byte] for first in (0, 1) for half in (low, high) for byte in (first, first + 2)]
     return torch.stack(columns, 1).view(words * WORD, rows) - 8

@@ -22,7 +22,10 @@ ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")  # a sentence that begins so is abo
 def parses(subject: Subject) -> Finding:
     """Known failure: a config of a newer tool that the engine's pinned library refuses, or one that engines read otherwise."""
     stated = subject.stated
-    nested = subject.held.json("hf_quant_config.json") or None
+    beside = (
+        "quantization_config" in subject.held.config
+    )  # where the file is all there is, there is nothing to agree with
+    nested = (subject.held.json("hf_quant_config.json") or None) if beside else None
     problems = ct_problems(stated) if method_of(stated) == CT else problems_of_method(stated, nested)
     problems += _beside(stated, subject.held.json("quantize_config.json"), "quantize_config.json")
     told = [] if subject.ours else [problem for problem in problems if problem.startswith(ENGINES)]
@@ -69,6 +72,10 @@ def kv_cache(subject: Subject) -> Finding:
     values = {name: float(held.tensor(name)) if held.info(name).nbytes <= 8 else None for name in scales}
     attentions = {found[0] for line in subject.decoder.actions if (found := ATTENTION.match(str(line["as"])))}
     problems = kv_problems(subject.stated, values, sorted(attentions))
+    if method_of(subject.stated) == "modelopt":  # its exporter raises every scale to 1 at least
+        problems = [
+            problem for problem in problems if "every scale of the KV cache is 1.0" not in problem or subject.ours
+        ]
     return first(problems, f"{len(scales)} scales" if scales else "none is declared")
 
 

@@ -172,7 +172,7 @@ def test_ours_of_tiny_models_pass(base: str, recipe: str, layout: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES)[::4])
 def test_what_transformers_saves_is_complete_and_of_the_sizes_that_its_config_states(
     model_type: str,
     tiny: Tiny,  # noqa: F811

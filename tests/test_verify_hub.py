@@ -212,7 +212,7 @@ def test_the_hubs_own_file_is_no_damage(hub: LoopbackHub, ours: Path, tmp_path: 
 # Anybody's
 
 
-@pytest.mark.parametrize("name", [n if n in FOREIGN[::5] else pytest.param(n, marks=pytest.mark.slow) for n in FOREIGN])
+@pytest.mark.parametrize("name", FOREIGN[::4])
 def test_the_same_is_said_of_a_checkpoint_here_and_at_the_hub(name: str, hub: LoopbackHub) -> None:
     hub.add_repo(PEER, PEERS / name)
     here, there = run_cli("verify", PEERS / name, "--json"), run_cli("verify", PEER, "--json")

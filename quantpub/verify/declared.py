@@ -11,6 +11,7 @@ from quantpub.kv_check import kv_problems, scale_of
 from quantpub.layouts.base import CT
 from quantpub.lookup import method_of, name_problems, readers
 from quantpub.lookup_names import asks, engine_modules
+from quantpub.targets import TARGETS
 from quantpub.tp_cut import tp_table
 from quantpub.verify.base import Finding, Subject, failed, first
 from quantpub.verify.left_out import left_out
@@ -28,7 +29,8 @@ def parses(subject: Subject) -> Finding:
     nested = (subject.held.json("hf_quant_config.json") or None) if beside else None
     problems = ct_problems(stated) if method_of(stated) == CT else problems_of_method(stated, nested)
     problems += _beside(stated, subject.held.json("quantize_config.json"), "quantize_config.json")
-    told = [] if subject.ours else [problem for problem in problems if problem.startswith(ENGINES)]
+    meant = {TARGETS[name].summary for name in subject.artifact.run().get("engines", [])} if subject.ours else set()
+    told = [p for p in problems if p.startswith(ENGINES) and not any(engine in p.partition(":")[0] for engine in meant)]
     refused = [problem for problem in told if AGREE not in problem]
     said = f"; refused by {'; '.join(refused)}" if refused else ""
     return first(

@@ -137,10 +137,12 @@ class Destination:
 
     def _lock(self) -> None:
         """A lock on the folder itself: it leaves no file, and the kernel drops it with the process, however that ends."""
-        self._locked = os.open(self.artifact.meta, os.O_RDONLY | os.O_DIRECTORY)
+        held = os.open(self.artifact.meta, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = held
         except BlockingIOError:
+            os.close(held)  # what the other is writing is not ours to sweep
             self._ours = False
             where, advice = str(self.artifact.path), f"wait for it to end, or {ELSEWHERE}"
             raise ConflictError("another process is quantizing into this folder", where=where, next=advice) from None

@@ -153,7 +153,7 @@ def doctored(artifact: Path, change: Any) -> Path:
 def test_scales_that_cannot_be_right(value: float, observed: Hooked, tmp_path: Path) -> None:
     artifact = make_calibrated(DEMO_MODEL, "fp8-dynamic-kv", tmp_path / "a", "ct-float", observed)
     doctored(artifact, lambda tensors, name: tensors.update({name: torch.tensor([value])}))
-    assert failing(artifact, None) == {"values"}
+    assert failing(artifact, None) == {"kv-cache"}
 
 
 def test_a_scale_that_is_missing(observed: Hooked, tmp_path: Path) -> None:

@@ -37,11 +37,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ids(tmp_path: Path) -> Path:
+    return written(tmp_path / "ids.jsonl")
+
+
+def written(path: Path) -> Path:
     """Samples of three lengths, as token ids: no tokenizer has a say."""
     rows = [
         torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 40, 33, 64, 40)
     ]
-    path = tmp_path / "ids.jsonl"
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     return path
 
@@ -171,24 +174,29 @@ def test_what_was_damaged_is_recognised_and_made_again(
     assert tree(cache) == whole
 
 
-def spilling(cache: Path) -> dict[str, str]:
-    return {"QUANTPUB_CACHE": str(cache)}
+ASK = ("quantize", DEMO_MODEL, "-r", "w4a16", "--engine", "vllm", "--calibration")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(artifact, cache) of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTPUB_CACHE", str(folder / "cache"))
+        assert run_cli(*ASK, written(folder / "ids.jsonl"), "-o", folder / "out").code == 0
+    return folder / "out", folder / "cache"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passage", [1, 2, 3])
-def test_a_killed_calibration_goes_on(passage: int, cache: Path, ids: Path, tmp_path: Path) -> None:
+def test_a_killed_calibration_goes_on(whole: tuple[Path, Path], cache: Path, ids: Path, tmp_path: Path) -> None:
     """kill -9 after a layer's file and before its line in the journal; the same command then ends with the same bytes."""
-    ask = ["quantize", DEMO_MODEL, "-r", "w4a16", "--engine", "vllm", "--calibration", ids]
-    whole = {**spilling(tmp_path / "whole")}
-    assert spawn_cli(*ask, "-o", tmp_path / "one", env=whole).code == 0
-    killed = spawn_cli(*ask, "-o", tmp_path / "two", env={**spilling(cache), "QUANTPUB_CRASH_AT": f"layer:{passage}"})
+    killed = spawn_cli(*ASK, ids, "-o", tmp_path / "two", env={"QUANTPUB_CRASH_AT": "layer:2"})
     assert killed.code == -9
     assert [p.name for p in cache.rglob("layer-*")] and not list(cache.rglob("record.json"))
-    done = spawn_cli(*ask, "-o", tmp_path / "two", env=spilling(cache))
+    done = run_cli(*ASK, ids, "-o", tmp_path / "two")
     assert done.code == 0, done.err
-    assert layers_of(cache) == layers_of(tmp_path / "whole")
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert layers_of(cache) == layers_of(whole[1])
+    assert tree(whole[0]) == tree(tmp_path / "two")
 
 
 def test_going_on_begins_where_it_was_left(cache: Path, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,22 +223,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(cache: Path, ids: Path, tmp_path: Path) -> None:
-    ask = ["-m", "quantpub", "quantize", str(DEMO_MODEL), "-r", "w4a16", "--engine", "vllm", "--calibration", str(ids)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
-        done = subprocess.run(
-            [*command, *ask, "-o", str(tmp_path / name)],
-            env=env | spilling(tmp_path / f"cache-{name}"),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    assert layers_of(tmp_path / "cache-one") == layers_of(tmp_path / "cache-two")
-    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
-    assert {name for name in one if one[name] != two[name]} == set()
+def test_two_processes_find_what_one_finds(whole: tuple[Path, Path], cache: Path, ids: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "quantpub", *map(str, ASK), str(ids), "-o", str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert layers_of(whole[1]) == layers_of(cache)
+    one, two = tree(whole[0]), tree(tmp_path / "two")
+    assert {name for name in {*one, *two} if one.get(name) != two.get(name)} == set()
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama, spawn_cli
+from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama
 
+from quantpub import files
 from quantpub.artifact import Artifact
 from quantpub.checkpoint import open_checkpoint
 from quantpub.decode import Decoder
@@ -59,20 +60,19 @@ def test_a_rule_on_what_is_never_quantized_has_no_effect_and_the_plan_says_so(tm
     assert "model.norm matches nothing that is quantized" in shown
 
 
-@pytest.mark.slow
-def test_the_layouts_own_files_come_before_config_json(tmp_path: Path) -> None:
-    """Killed at each rename in turn: config.json is never there without hf_quant_config.json."""
-    model, seen = save_llama(tmp_path / "m", shards=1), set()
-    for point in range(1, 30):
-        out = tmp_path / str(point)
-        env = {"QUANTPUB_CRASH_AT": f"renamed:{point}"}
-        ran = spawn_cli("quantize", model, "-r", "nvfp4a16", "--layout", "modelopt-nvfp4", "-o", out, env=env)
+def test_the_layouts_own_files_come_before_config_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before and after each rename, where a run may die: config.json is never there without hf_quant_config.json."""
+    out, seen = tmp_path / "out", list[frozenset[str]]()
+
+    def look(point: str) -> None:
         there = {name for name in ("config.json", "hf_quant_config.json") if (out / name).is_file()}
-        assert "config.json" not in there or "hf_quant_config.json" in there
-        seen.add(frozenset(there))
-        if ran.code == 0:
-            break
-    assert {frozenset(), frozenset({"hf_quant_config.json"})} < seen, "the order was met"
+        if point in ("rename", "renamed"):
+            seen.append(frozenset(there))
+
+    monkeypatch.setattr(files, "write_point", look)
+    make_artifact(save_llama(tmp_path / "m", shards=1), "nvfp4a16", out, "modelopt-nvfp4")
+    assert frozenset({"config.json"}) not in seen
+    assert list(dict.fromkeys(map(len, seen))) == [0, 1, 2], "the order was met"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     compressed-tensors, llm-compressor     <attention>.k_scale, .v_scale
     ModelOpt                               <attention>.k_proj.k_scale, .v_proj.v_scale
-    older: Quark .k_proj.output_scale; one <attention>.kv_scale for both
+    older: Quark .k_proj.output_scale; AutoFP8 one <attention>.kv_scale for both, which it declares with the word `static`
 
 A declared cache is the engines' default when the checkpoint loads; a scale that is missing counts as 1.0, and keys beyond 448
 are then cut off without a word (vLLM issues 11906, 54623, 54705). Sources: vllm model_loader/weight_utils.py
@@ -57,7 +57,7 @@ def kv_problems(
 def _scheme(scheme: Any) -> list[str]:
     """What engines refuse or pass over of a scheme in the words of compressed-tensors; ModelOpt's leaves most words out."""
     if not isinstance(scheme, dict):
-        known = str(scheme).upper() in ("FP8", "FLOAT8", "NVFP4", "FP4", "FLOAT4")
+        known = str(scheme).upper() in ("FP8", "FLOAT8", "NVFP4", "FP4", "FLOAT4", "STATIC")
         return [] if known else [f"kv_cache_quant_algo {scheme!r} is none that an engine knows"]
     odd = [f"{key} {scheme[key]!r}" for key, value in _WANTED.items() if key in scheme and scheme[key] != value]
     found = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantpub import lookup_others as others
 from quantpub.layouts.base import CT
-from quantpub.lookup_ct import CtNames
+from quantpub.lookup_ct import CtNames, loaded_by
 from quantpub.lookup_names import (
     EXPERTS,
     HEAD,
@@ -30,6 +30,7 @@ from quantpub.lookup_names import (
     error,
 )
 
+_HEADS = ("lm_head", "language_model.lm_head")
 _BOTH = (VLLM, VLLM_25, SGLANG)
 _MALFORMED = (ValueError, TypeError, AttributeError, KeyError, OverflowError)  # of what strangers wrote
 _OTHERS: dict[str, tuple[tuple[str, ...], Callable[[str, Mapping[str, Any], Collection[str]], others.Lookup]]] = {
@@ -125,6 +126,24 @@ def name_problems(
             if wrong := _wrong(module, answer, quantized) or _drawn(module, answer, looks[engine]):
                 found.add((engine,), module, wrong)
     return found.sentences()
+
+
+def head_problems(config: Mapping[str, Any], unquantized: Iterable[str]) -> list[str]:
+    """A head in high precision that engines leave alone, and that transformers takes for quantized: it needs an entry in ignore.
+
+    unquantized: linears that are not quantized; of heads only those with weights of their own.
+    """
+    heads = [name for name in unquantized if name.rpartition(".")[2] == "lm_head"] if method_of(config) == CT else []
+    try:  # within other models the head has one name in the file, and another in the class
+        found = {head: [loaded_by(config, name) for name in (head, *_HEADS)] for head in heads}
+    except _MALFORMED:
+        return []  # said of every module
+    return [
+        f"transformers: {head}: its weights are in high precision, but it is looked up as quantized, by {by[0]!r}: it would be "
+        "loaded with scales that no file holds"
+        for head, by in found.items()
+        if all(by)
+    ]
 
 
 def _mixed(module: Module, quantized: Mapping[str, Any]) -> str | None:

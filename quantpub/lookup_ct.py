@@ -8,6 +8,7 @@ Patterns match from the start (`re.match`) and need not reach the end: `re:.*v_p
 where the class of the engine's module contains it: `Linear` reaches every linear and the experts, never a head. Of merged
 members that match targets one by one, the first member's is taken for all. Of experts, those of expert 0 are asked, by
 gate_proj, up_proj and down_proj whatever their names (vLLM 0.33: by their names).
+transformers goes by the library's own match, to which a head is a Linear, too.
 Sources: vllm .../quantization/compressed_tensors/{utils,compressed_tensors}.py and compressed_tensors_moe.py;
 sglang .../quantization/compressed_tensors/{utils,compressed_tensors}.py.
 """
@@ -93,6 +94,18 @@ class CtNames:
             if Entries([entry]).first(name) if entry.startswith("re:") else entry.lower() in name.lower():
                 return entry
         return "Linear" if kind == EXPERTS and "Linear" in self.targets else None
+
+
+def loaded_by(config: Mapping[str, Any], linear: str) -> str | None:
+    """The target by which compressed-tensors itself, as transformers loads with it, takes a torch Linear for quantized.
+
+    Its class counts for a head as for any other. Errors: ValueError for a pattern that is no regular expression.
+    """
+    ignored_by = Entries(config.get("ignore") or [])
+    if "Linear" in ignored_by or ignored_by.first(linear) is not None:
+        return None
+    targets = Entries(target for group in config["config_groups"].values() for target in group.get("targets") or ())
+    return targets.first(linear) or ("Linear" if "Linear" in targets else None)
 
 
 def _groups(config: Mapping[str, Any], skip_attention: bool) -> dict[str, str]:

@@ -219,12 +219,67 @@ def moved(to: str, rows: int) -> Callable[[Tensors], object]:
 
 
 def unknown_architecture(c: dict[str, Any]) -> None:
-    c["model_type"] = "qwen2_5_vl"
+    c["model_type"] = "unknown_vl"
 
 
 def weight_arguments(q: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = q["config_groups"]["group_0"]["weights"]
     return found
+
+
+def inputs(q: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = q["config_groups"]["group_0"]["input_activations"]
+    return found
+
+
+def packed_down(t: Tensors) -> None:
+    """One linear as int4 words where the config says FP8."""
+    for name in [name for name in t if name.startswith(DOWN)]:
+        del t[name]
+    t |= {name: w for name, w in _base(INT4).items() if name.startswith(DOWN)}
+
+
+def nested(folder: Path) -> None:
+    """The same model as the language model of one that reads images too, in the older spelling of names."""
+    weights(lambda t: t.update({f"language_model.{name}": t.pop(name) for name in list(t)}))(folder)
+    kept = ("quantization_config", "architectures", "dtype")
+
+    def nest(c: dict[str, Any]) -> None:
+        c["text_config"] = {key: c.pop(key) for key in list(c) if key not in kept}
+        c["model_type"] = "llava"
+
+    config(nest)(folder)
+
+
+within_another = several(nested, quantization(lambda q: q.update(ignore=["language_model.lm_head"])))
+AUTOFP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "static",
+    "kv_cache_scheme": "static",
+    "ignored_layers": ["lm_head"],
+}
+
+
+def autofp8(folder: Path) -> None:
+    config(lambda c: c.update(quantization_config=AUTOFP8))(folder)
+    weights(lambda t: t.update({f"{LAYER}self_attn.kv_scale": torch.tensor(0.02)}))(folder)
+
+
+def in_order(suffix: str, of: str) -> Edit:
+    """Groups by index, which lie side by side."""
+    names = (of, suffix)
+
+    def change(t: Tensors) -> None:
+        for shape in [name for name in t if name.endswith(".weight_shape")]:
+            t[shape.replace(*names)] = (torch.arange(int(t[shape][1])) // 128).int()
+
+    return weights(change)
+
+
+def one_scale(t: Tensors) -> None:
+    """As AutoFP8 stores the scales of a cache: one for keys and values."""
+    for name in [name for name in t if name.endswith((".k_scale", ".v_scale"))]:
+        t[f"{name.rpartition('.')[0]}.kv_scale"] = t.pop(name)
 
 
 def each(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
@@ -307,7 +362,7 @@ ROWS: dict[int, dict[str, Plant]] = {
     13: {
         "the head dropped": Plant(INT4, dropped("lm_head"), "complete"),
         "the head tied to another embedding": Plant(
-            INT4, config(lambda c: c.update(tie_word_embeddings=True)), "complete"
+            INT4, config(lambda c: c.update(tie_word_embeddings=True)), "complete", source=False
         ),
         "a further layer dropped": Plant(INT4, nothing, "coverage", base=weights(another_layer)),
         "a vision tower dropped": Plant(
@@ -380,8 +435,8 @@ FURTHER: dict[str, Plant] = {
     "modules that no group names": Plant(
         INT4, quantization(lambda q: q["config_groups"]["group_0"].update(targets=["re:.*self_attn.*"])), "bits"
     ),
-    "biases promised": Plant(INT4, config(lambda c: c.update(attention_bias=True)), "complete"),
-    "biases of the MLP promised": Plant(INT4, config(lambda c: c.update(mlp_bias=True)), "complete"),
+    "biases promised": Plant(INT4, config(lambda c: c.update(attention_bias=True)), "complete", source=False),
+    "biases of the MLP promised": Plant(INT4, config(lambda c: c.update(mlp_bias=True)), "complete", source=False),
     "an architecture with biases": Plant(
         INT4, config(lambda c: c.update(model_type="qwen2")), "complete", source=False
     ),
@@ -391,6 +446,33 @@ FURTHER: dict[str, Plant] = {
         "complete",
         source=False,
     ),
+    "another base of the rotations": Plant(
+        INT4, config(lambda c: (c.pop("rope_theta"), c["rope_parameters"].update(rope_theta=5e5))), "config"
+    ),
+    "another number of experts a token": Plant(INT4_MOE, config(lambda c: c.update(num_experts_per_tok=1)), "config"),
+    "a head tied that the source has apart": Plant(
+        INT4, config(lambda c: c.update(tie_word_embeddings=True)), "config"
+    ),
+    "a token beyond the vocabulary": Plant(INT4, config(lambda c: c.update(eos_token_id=32)), "config", source=False),
+    "norms of every layer lost": Plant(INT4, dropped("input_layernorm"), "complete", source=False),
+    "the last norm lost": Plant(INT4, dropped("model.norm"), "complete", source=False),
+    "norms lost within another model": Plant(
+        INT4, several(within_another, dropped("post_attention_layernorm")), "complete", source=False
+    ),
+    "a cache without scales within another model": Plant(
+        INT4,
+        several(within_another, quantization(lambda q: q.update(kv_cache_scheme=CACHE))),
+        "kv-cache",
+        source=False,
+    ),
+    "static activations of int8, and no scales": Plant(
+        "llmcompressor-int8-dense",
+        quantization(lambda q: inputs(q).update(strategy="tensor", dynamic=False)),
+        "tensors",
+    ),
+    "the codes of another format": Plant(FP8, weights(packed_down), "tensors"),
+    "nothing quantized at all": Plant(FP8, weights(lambda t: (t.clear(), t.update(_base("base-dense")))), "tensors"),
+    "a head that transformers takes for quantized": Plant(INT4, quantization(lambda q: q.update(ignore=[])), "names"),
     "another hidden size": Plant(INT4, config(lambda c: c.update(hidden_size=256)), "complete", source=False),
     "another vocabulary": Plant(INT4, config(lambda c: c.update(vocab_size=64)), "complete", source=False),
     "another intermediate size": Plant(
@@ -438,6 +520,12 @@ FURTHER: dict[str, Plant] = {
     "a norm changed beside factors that were folded": Plant("gptqmodel-awq-dense", changed(NORM, louder), "copies"),
     "factors folded into the norms alone": Plant("gptqmodel-awq-dense", weights(refold), "copies"),
     "a negative FP8 scale": Plant(NVFP4, changed(f"{DOWN}.weight_scale", first_to(-1.0)), "scales", source=False),
+    "a cast that float16 does not hold": Plant(
+        INT4,
+        changed("model.embed_tokens.weight", lambda w: first_to(1e5)(w).half()),
+        "copies",
+        base=changed("model.embed_tokens.weight", first_to(1e5)),
+    ),
     "experts exchanged": Plant(INT4_MOE, weights(exchange_experts), "values"),
     "a shard cut short": Plant(INT4, cut_short, "index"),
     "a local path": Plant(INT4, config(lambda c: c.update(_name_or_path="/home/me/model")), "private"),
@@ -452,6 +540,7 @@ SOUND: dict[str, Plant] = {
         INT4,
         several(config(lambda c: (c.pop("tie_word_embeddings"), c.update(model_type="gemma"))), dropped("lm_head")),
         None,
+        base=config(lambda c: (c.pop("tie_word_embeddings"), c.update(model_type="gemma"))),
     ),
     "a tied head that was written all the same": Plant(
         INT4,
@@ -473,5 +562,16 @@ SOUND: dict[str, Plant] = {
         None,
         base=weights(lambda t: t[f"{DOWN}.weight"][0].zero_()),
     ),
+    "rotations as an older transformers spells them": Plant(INT4, config(lambda c: c.pop("rope_parameters")), None),
+    "rotations as a newer one does": Plant(INT4, config(lambda c: c.pop("rope_theta")), None),
+    "an order of columns that is their own": Plant(INT4, in_order("weight_g_idx", "weight_shape"), None),
+    "GPTQ's word for an order, and none": Plant(GPTQ, gptq_config(desc_act=True), None),
+    "one scale of keys and values": Plant(
+        "llmcompressor-fp8-dynamic-kv-dense",
+        several(weights(one_scale), quantization(lambda q: q.update(kv_cache_scheme=CACHE))),
+        None,
+    ),
+    "a cache in the words of AutoFP8": Plant(STATIC, autofp8, None),
+    "a language model within another": Plant(INT4, within_another, None, base=nested),
     "one scale a row in a list": Plant(FP8, each("weight_scale", lambda s: s.flatten()), None),
 }

@@ -19,6 +19,7 @@ DECLARED: list[dict[str, Any]] = [
     {"kv_cache_scheme": CT},
     {"kv_cache_scheme": MODELOPT},
     {"kv_cache_quant_algo": "FP8"},
+    {"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"},
     {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": []}},
 ]
 NONE: list[dict[str, Any]] = [

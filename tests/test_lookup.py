@@ -11,7 +11,7 @@ import pytest
 from quantpub.families import FAMILIES
 from quantpub.layouts import LAYOUTS
 from quantpub.layouts.base import Layout, ct_config
-from quantpub.lookup import looked_up, name_problems, readers
+from quantpub.lookup import head_problems, looked_up, name_problems, readers
 from quantpub.lookup_names import Entries, engine_modules
 from quantpub.registry import load
 from quantpub.scheme import PRESETS
@@ -407,3 +407,23 @@ def test_a_pattern_that_is_none_and_a_method_that_is_unknown() -> None:
     assert found and all("is not a regular expression" in f for f in found)
     for config in ({"quant_method": "bitsandbytes"}, {"group_size": 128, "bits": 4}, {}):
         assert readers(config) == () and problems(config) == []
+
+
+def test_a_head_that_transformers_takes_for_quantized_and_engines_do_not() -> None:
+    """Loaded with transformers 5.23, `lm_head.weight_scale` is missing, and logits are infinite."""
+    bare = ct(group("Linear"), ignore=())
+    (said,) = head_problems(bare, ["lm_head", "model.layers.0.mlp.gate"])
+    assert said.startswith("transformers: lm_head: its weights are in high precision") and "'Linear'" in said
+    assert name_problems(bare, of(dense()), ["lm_head"], LLAMA) == []
+    assert head_problems(ct(group("re:.*head"), ignore=()), ["model.lm_head"]) != []
+
+
+@pytest.mark.parametrize(
+    "ignore", [("lm_head",), ("re:.*lm_head",), ("re:lm_head",), ("language_model.lm_head",), ("Linear",)]
+)
+def test_a_head_that_is_named_is_let_be(ignore: tuple[str, ...]) -> None:
+    for name in ("lm_head", "language_model.lm_head"):
+        assert head_problems(ct(group("Linear"), ignore=ignore), [name]) == []
+    assert head_problems(ct(group("re:model.layers.*"), ignore=()), ["lm_head"]) == []
+    assert head_problems({"quant_method": "fp8"}, ["lm_head"]) == []
+    assert head_problems(ct(group("re:("), ignore=()), ["lm_head"]) == [], "a broken pattern is said of every module"

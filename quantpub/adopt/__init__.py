@@ -6,18 +6,19 @@ that everything behind `Decoder` (verifying, repacking, evaluating) sees no diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantpub.actions import COPY, QUANTIZE
 from quantpub.adopt import ct, int4, modelopt, others
-from quantpub.adopt.base import MAINS, MARKS, Method, Module, Read, Reader, Unreadable, misfit, modules_of
+from quantpub.adopt.base import MAINS, MARKS, Method, Module, Read, Reader, Uncalibrated, Unreadable, misfit, modules_of
 from quantpub.algorithms import ADOPTED
 from quantpub.errors import InputError
 from quantpub.families import FAMILIES, GENERIC, LINEAR, Family
 from quantpub.held import Held
 from quantpub.kv_cache import LETTERS
+from quantpub.kv_check import declared_cache
 from quantpub.layouts import LAYOUTS, PEER_LAYOUTS
 from quantpub.layouts.base import Layout, Spec
 from quantpub.registry import load
@@ -36,16 +37,33 @@ METHODS: dict[str, Reader] = {
 }
 # A key that only files of this method hold, where they do not name it
 UNNAMED = {"quantization": "modelopt", "w_bit": "awq", "desc_act": "gptq"}
+# Methods that are not read → (whose, what runs it)
+OTHERS = {
+    "mlx": ("MLX", "mlx-lm"),
+    "hqq": ("HQQ", "transformers with hqq"),
+    "aqlm": ("AQLM", "transformers with aqlm"),
+    "quanto": ("Quanto", "transformers with optimum-quanto"),
+    "quark": ("Quark", "vLLM"),
+    "mxfp4": ("transformers' MXFP4", "vLLM"),
+    "exl2": ("ExLlamaV2", "ExLlamaV2"),
+    "exl3": ("ExLlamaV3", "ExLlamaV3"),
+    "bitnet": ("BitNet", "transformers"),
+}
 # Architectures that quantpub does not quantize, with the names of one that it does
 ALIASES = {"kimi_k2": "deepseek_v3", "deepseek_v32": "deepseek_v3", "glm_moe_dsa": "deepseek_v3"}
 READABLE = {**LAYOUTS, **PEER_LAYOUTS}
 SIDE = 1024  # rows that every layout takes
-KV_SCALES = {"k_scale": "k", "v_scale": "v"}
+INPUT_SCALES = ("input_scale", "input_global_scale", "_weight_act_per_tensor_scale")
+NONE = "the config declares a quantization, and no module holds quantized weights"
+KV_SCALES = {"k_scale": "k", "v_scale": "v", "kv_scale": "kv"}
 
 
 @dataclass(frozen=True)
 class Adopted:
-    """treatments, lines: as an artifact's. problems: (rule, sentence) of what is not as it should be."""
+    """treatments, lines: as an artifact's. problems: (rule, sentence) of what is not as it should be.
+
+    shared: scales of the KV cache that are of keys and values alike, which no layout of ours has: no line holds them.
+    """
 
     held: Held
     method: Method
@@ -53,6 +71,7 @@ class Adopted:
     treatments: tuple[Treatment, ...]
     lines: list[dict[str, Any]]
     problems: list[tuple[str, str]] = field(default_factory=list)
+    shared: tuple[str, ...] = ()
 
     def said(self, rule: str) -> list[str]:
         return [sentence for of, sentence in self.problems if of == rule]
@@ -69,12 +88,18 @@ def adopt(held: Held) -> Adopted:
     method, family = _method(held), family_of(held)
     modules, rest = modules_of(held)
     treatments: dict[Treatment, int] = {}
-    problems: list[tuple[str, str]] = []
+    problems = [] if modules or _cache_alone(held.quantization) else [("tensors", NONE)]
     lines = [line for module in modules if (line := _quantized(held, method, family, module, treatments, problems))]
     scales = {name for name in rest if name.rpartition(".")[2] in KV_SCALES}
     lines += [_copied(held, family, name, problems) for name in rest if name not in scales]
-    _attach(held, lines, scales, problems)
-    return Adopted(held, method, family, tuple(treatments), lines, problems)
+    shared = _shared(lines, scales)
+    _attach(held, lines, scales - set(shared), problems)
+    return Adopted(held, method, family, tuple(treatments), lines, problems, shared)
+
+
+def _cache_alone(config: Mapping[str, Any]) -> bool:
+    """Whether the config quantizes the KV cache and nothing else."""
+    return declared_cache(config) is not None and not config.get("config_groups") and not config.get("quant_algo")
 
 
 def _method(held: Held) -> Method:
@@ -87,6 +112,12 @@ def _method(held: Held) -> Method:
             next="quantize it with `quantpub quantize`",
         )
     if name not in METHODS:
+        if by := _maker(name, config, held):
+            raise InputError(
+                f"it is a checkpoint of {by[0]}, which is not read",
+                where=where,
+                next=f"judge it by its answers in {by[1]}, or start from the full-precision model: `quantpub quantize`",
+            )
         raise InputError(
             f"quant_method {name!r} is not read", where=where, next=f"those that are: {', '.join(METHODS)}"
         )
@@ -94,6 +125,12 @@ def _method(held: Held) -> Method:
         return METHODS[name](held)
     except Unreadable as reason:
         raise InputError(str(reason), where=where, next="mend config.json, or make the checkpoint again") from None
+
+
+def _maker(name: str, config: Mapping[str, Any], held: Held) -> tuple[str, str] | None:
+    """Whose checkpoint it is, where that is known and it is not read, and what runs it. MLX names no method."""
+    mlx = not name and (held.metadata.get("format") == "mlx" or {"bits", "group_size"} <= config.keys())
+    return OTHERS.get("mlx" if mlx else name)
 
 
 def _quantized(
@@ -111,10 +148,10 @@ def _quantized(
         dtype = module.scale_dtype(held.dtype)
         if "pre_quant_scale" in module.tensors:
             raise Unreadable("its inputs are scaled by a pre_quant_scale of its own, which no other layout holds")
+        # of the scheme alone: what another tool wrote of other shapes can be read all the same
         if reason := layout.reject(read.scheme, SIDE, SIDE * max(1, read.scheme.group_size), dtype):
-            raise Unreadable(
-                reason
-            )  # of the scheme alone: what another tool wrote of other shapes can be read all the same
+            _require_input_scale(module, read)
+            raise Unreadable(reason)
     except Unreadable as reason:
         problems.append((reason.rule, f"{module.name}: {reason}"))
         return None
@@ -125,7 +162,7 @@ def _quantized(
     if declared := _other_number(module, read, spec):
         problems.append(("bits", declared))
         return None
-    found = _misfits(module, spec)
+    found = _misfits(module, spec, read.idle)
     problems += [("tensors", sentence) for sentence in found]
     if any(suffix not in module.tensors for suffix in spec) or found:
         return None
@@ -133,6 +170,13 @@ def _quantized(
         Treatment(read.scheme, _Named({"name": ADOPTED, "by": method.tool}), layout), len(treatments)
     )
     return _line(held, module, read, spec, dtype, place) | {"role": role or LINEAR}
+
+
+def _require_input_scale(module: Module, read: Read) -> None:
+    """Of a scheme that is not read it is still known that it takes one. Errors: Uncalibrated."""
+    act = read.scheme.act
+    if act is not None and act.calibrated and not any(suffix in module.tensors for suffix in INPUT_SCALES):
+        raise Uncalibrated("the config states calibrated scales of activations, and input_scale is missing")
 
 
 class _Named(dict[str, Any]):
@@ -143,21 +187,24 @@ class _Named(dict[str, Any]):
 
 
 def _other_number(module: Module, read: Read, spec: Spec) -> str | None:
-    """Where codes are of another number format than the one that is declared, or None."""
+    """Where codes are of another number format than the one that is declared, or None.
+
+    Codes under the name that only another format has are a matter of names: the tensors of this one are missing.
+    """
     found, due = module.tensors[module.main], spec[next(suffix for suffix in MAINS if suffix in spec)][0]
-    if found.dtype == due:
+    if found.dtype == due or (module.main not in spec and module.main != "weight"):
         return None
     return (
         f"{module.name} is declared {read.scheme.name}, and holds {found.dtype} {list(found.shape)} where {due} belongs"
     )
 
 
-def _misfits(module: Module, spec: Spec) -> list[str]:
+def _misfits(module: Module, spec: Spec, idle: Collection[str]) -> list[str]:
     missing = [f"{module.name}.{suffix} is missing" for suffix in spec if suffix not in module.tensors]
     extra = [
         f"{module.name}.{suffix} belongs to no module"
         for suffix in module.tensors
-        if suffix not in spec and suffix not in KV_SCALES
+        if suffix not in spec and suffix not in KV_SCALES and suffix not in idle
     ]
     wrong = (
         (suffix, misfit(module.tensors[suffix], dtype, shape))
@@ -214,6 +261,13 @@ def _attach(held: Held, lines: list[dict[str, Any]], scales: set[str], problems:
                 info = held.info(name)
                 line.setdefault("kv", {})[name] = [info.dtype, list(info.shape)]
     problems += [("tensors", f"{name} belongs to no attention") for name in sorted(scales)]
+
+
+def _shared(lines: list[dict[str, Any]], scales: set[str]) -> tuple[str, ...]:
+    """Scales of keys and values alike, of attentions that are there."""
+    modules = {str(line["as"]).removesuffix(".weight") for line in lines}
+    named = sorted(name for name in scales if name.endswith(".kv_scale"))
+    return tuple(name for name in named if {name.replace(".kv_scale", f".{of}") for of in LETTERS} & modules)
 
 
 def _scale_name(attention: str, module: str, letter: str, place: Mapping[str, str]) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from quantpub.held import Held
 from quantpub.scheme import PRESETS, WHOLE, ActFormat, Scheme, WeightFormat
 from quantpub.shards import DTYPES, TensorInfo
+from quantpub.sources import LocalSource
 
 FLOATS = ("BF16", "F16", "F32")
 CODES = ("F8_E4M3", "U8", "I8", "I32")
@@ -66,6 +67,12 @@ class Headless(Unreadable):
     rule = "tensors"
 
 
+class Uncalibrated(Unreadable):
+    """The config states a scale of activations that calibration finds, and there is none."""
+
+    rule = "tensors"
+
+
 @dataclass(frozen=True)
 class Module:
     """One quantized linear as found. tensors: suffix → info, without its bias."""
@@ -85,11 +92,12 @@ class Module:
 
 @dataclass(frozen=True)
 class Read:
-    """How a module is read: our layout's name, the scheme, (n, k)."""
+    """How a module is read: our layout's name, the scheme, (n, k). idle: suffixes of tensors that were seen to say nothing."""
 
     layout: str
     scheme: Scheme
     shape: tuple[int, int]
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,15 @@ def shape_of(layout: str, scheme: Scheme, module: Module, metadata: Mapping[str,
     if info.dtype == "I32":
         return a, b * words
     return (a, 2 * b) if info.dtype == "U8" else (a, b)
+
+
+def in_order(held: Held, module: Module, suffix: str, size: int) -> bool:
+    """Whether its groups are columns that lie side by side, whatever the config says. Only of files that may be read."""
+    info, source = module.tensors[suffix], held.source
+    if len(info.shape) != 1 or not (isinstance(source, LocalSource) or getattr(source, "whole", False)):
+        return False
+    due_K = torch.arange(info.shape[0]) // (size if size > 0 else info.shape[0])
+    return torch.equal(held.tensor(f"{module.name}.{suffix}").long(), due_K)
 
 
 def fitted(tensor: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

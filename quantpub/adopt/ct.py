@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantpub.adopt.base import Method, Module, Read, Undeclared, Unreadable, named, shape_of
+from quantpub.adopt.base import Method, Module, Read, Undeclared, Unreadable, in_order, named, shape_of
 from quantpub.held import Held
 from quantpub.scheme import PRESETS, WHOLE, ActFormat, Scheme, WeightFormat
 
@@ -18,6 +18,7 @@ LAYOUTS = {
     "mxfp4-pack-quantized": "ct-mxfp4",
 }
 NUMBERS = {"int8": "int8", "float8": "fp8_e4m3", "float4": "fp4_e2m1"}
+FALSE = ("false", "0", "0.0", "no", "n", "off", "f", "none")  # as the library's parser takes them, and null
 Arguments = Mapping[str, Any]
 
 
@@ -36,12 +37,12 @@ def method(held: Held) -> Method:
             form = "float-quantized" if (group.get("weights") or {}).get("type") == "float" else "int-quantized"
         if form not in LAYOUTS:
             raise Unreadable(f"compressed-tensors' format {form} is not read")
-        if "weight_g_idx" in module.tensors:
+        scheme = scheme_of(group)
+        if "weight_g_idx" in module.tensors and not in_order(held, module, "weight_g_idx", scheme.group_size):
             raise Unreadable(
                 "its columns are in the order of their activations (weight_g_idx), which no other layout holds"
             )
-        scheme = scheme_of(group)
-        return Read(LAYOUTS[form], scheme, shape_of(LAYOUTS[form], scheme, module, {}))
+        return Read(LAYOUTS[form], scheme, shape_of(LAYOUTS[form], scheme, module, {}), ("weight_g_idx",))
 
     version = config.get("version")
     return Method("compressed-tensors", f"compressed-tensors{f' {version}' if version else ''}", read)
@@ -80,7 +81,7 @@ def _integers(weights: Arguments) -> WeightFormat:
     if bits not in (4, 8) or strategy not in ("group", "channel"):
         raise Unreadable(f"integer weights of {bits} bits, strategy {strategy} are not read")
     size = int(weights.get("group_size") or WHOLE) if strategy == "group" else WHOLE
-    return WeightFormat(f"int{bits}", (1, size), zero_domain="none" if weights.get("symmetric", True) else "int")
+    return WeightFormat(f"int{bits}", (1, size), zero_domain="none" if _symmetric(weights) else "int")
 
 
 def _fp8(weights: Arguments) -> WeightFormat:
@@ -95,7 +96,7 @@ def _fp8(weights: Arguments) -> WeightFormat:
 def activations(inputs: Arguments) -> ActFormat:
     """Errors: Unreadable."""
     bits, kind, strategy, dynamic = (inputs.get(key) for key in ("num_bits", "type", "strategy", "dynamic"))
-    if not inputs.get("symmetric", True):
+    if not _symmetric(inputs):
         raise Unreadable("activations with a zero are not read")
     num = NUMBERS.get(f"{kind}{bits}")
     if num == "fp4_e2m1" and strategy == "tensor_group":
@@ -107,3 +108,7 @@ def activations(inputs: Arguments) -> ActFormat:
     if num and strategy == "group" and dynamic:
         return ActFormat(num, "group", True, int(inputs.get("group_size") or WHOLE))
     raise Unreadable(f"activations of {bits} bits, type {kind}, strategy {strategy} are not read")
+
+
+def _symmetric(arguments: Arguments) -> bool:
+    return str(arguments.get("symmetric", True)).lower() not in FALSE

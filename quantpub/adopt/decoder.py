@@ -45,6 +45,11 @@ class AdoptedDecoder(Decoder):
             _require_order(module, tensors["g_idx"], k, treatment.scheme.weight.scale_shape(n, k)[1])
         return tensors
 
+    def kv_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """As of ours; one scale of keys and values alike counts as both."""
+        found = {name: self.adopted.held.tensor(name).float().reshape(()) for name in self.adopted.shared}
+        return super().kv_scales() | {name.removesuffix(".kv_scale"): (scale, scale) for name, scale in found.items()}
+
     def _place_of(self, name: str) -> str:
         return self.adopted.held.place[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantpub.adopt.base import Method, Module, Read, Unreadable, shape_of
+from quantpub.adopt.base import Method, Module, Read, Unreadable, in_order, shape_of
 from quantpub.held import Held
 from quantpub.scheme import WHOLE, Scheme, preset
 
@@ -21,9 +21,10 @@ def gptq(held: Held) -> Method:
     def read(module: Module) -> Read:
         if layout is None:
             raise Unreadable(f"GPTQ's checkpoint_format {version} is not read")
-        if config.get("desc_act") and config.get("group_size") != WHOLE:
-            raise Unreadable(ACT_ORDER)
         scheme = _integers(config, symmetric)
+        ordered = config.get("desc_act") and scheme.group_size != WHOLE and "g_idx" in module.tensors
+        if ordered and not in_order(held, module, "g_idx", scheme.group_size):
+            raise Unreadable(ACT_ORDER)
         return Read(layout, scheme, shape_of(layout, scheme, module, {}))
 
     return Method("gptq", _gptq_tool(config), read)

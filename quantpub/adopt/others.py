@@ -87,6 +87,11 @@ def _float8(data: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Sc
 
 
 def _int8(data: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Scheme]:
+    inputs = (data.get("act_quant_kwargs") or {}).get("_data") or {}
+    if (inputs.get("mapping_type") or {}).get("_data", "SYMMETRIC") != "SYMMETRIC":
+        raise Unreadable("activations with a zero are not read")
+    if (inputs.get("granularity") or {}).get("_type", "PerRow") != "PerRow":
+        raise Unreadable("int8 activations with a scale for all tokens are not read")
     return "torchao-int8", named(WeightFormat("int8", (1, WHOLE)), TOKEN8 if data.get("act_quant_kwargs") else None)
 
 

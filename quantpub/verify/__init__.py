@@ -63,10 +63,12 @@ CHECKS = {
         "take the key out, or write it with the version of the library that engines pin",
     ),
     "config": Rule(
-        Entry("quantpub.verify.structure:config", "quantization_config is the layout's, and the rest is the source's"),
-        "restore config.json, or quantize again",
+        Entry(
+            "quantpub.verify.structure:config",
+            "what engines compute by is the source's; of ours every key, and quantization_config is the layout's",
+        ),
+        "restore the source's values in config.json, or quantize again",
         ("parses",),
-        ours=True,
     ),
     "bits": Rule(
         Entry("quantpub.verify.left_out:bits", "number formats are those declared, and nothing large was left out"),
@@ -82,7 +84,7 @@ CHECKS = {
             "every layer and expert, the embedding and the head are there, in the sizes that the config states",
         ),
         "quantize again: an engine would fill what is missing with random numbers",
-        ("readable", "tensors", "bits"),
+        ("readable", "tensors", "bits", "config"),
     ),
     "names": Rule(
         Entry("quantpub.verify.declared:names", "engines find every module by the config's names, and find the same"),
@@ -105,13 +107,16 @@ CHECKS = {
     "coverage": Rule(
         Entry(
             "quantpub.verify.source:coverage",
-            "every source tensor is accounted for once; companions are byte-identical",
+            "every source tensor is accounted for once; of ours the small files are byte-identical",
         ),
         AGAIN,
         ("readable", "tensors", "bits", "complete"),
     ),
     "copies": Rule(
-        Entry("quantpub.verify.source:copies", "tensors that were not quantized are byte-identical to the source"),
+        Entry(
+            "quantpub.verify.source:copies",
+            "tensors that were not quantized are the source's, byte for byte or after the cast that is told",
+        ),
         AGAIN,
         (
             "readable",

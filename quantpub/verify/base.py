@@ -6,7 +6,7 @@ It lies in a folder or on the Hub; there whole weights are read only when that w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from quantpub.opened import Opened
 from quantpub.smoothing import Smoothing, smoothing_of
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+NO_SOURCE = "not looked at: no --source was given"
 
 
 @dataclass
@@ -110,13 +111,28 @@ class Subject:
 
 @dataclass(frozen=True)
 class Finding:
-    """detail says what was seen: how much was compared, or which tensor failed and why, or why it was not looked at."""
+    """detail says what was seen: how much was compared, or which tensor failed and why, or why it was not looked at.
+
+    next: what to do about it, where that is not what the rule says.
+    """
 
     status: str
     detail: str
+    next: str | None = None
 
     def as_json(self) -> dict[str, str]:
-        return {"status": self.status, "detail": self.detail}
+        return {"status": self.status, "detail": self.detail} | ({"next": self.next} if self.next else {})
+
+
+class Problem(str):
+    """A sentence, and what to do about this one."""
+
+    next: str | None = None
+
+    def __new__(cls, text: str, next: str) -> Problem:
+        made = super().__new__(cls, text)
+        made.next = next
+        return made
 
 
 def passed(detail: str) -> Finding:
@@ -127,15 +143,16 @@ def failed(detail: str) -> Finding:
     return Finding(FAILED, detail)
 
 
-def skipped(detail: str) -> Finding:
-    return Finding(SKIPPED, detail)
+def skipped(detail: str, next: str | None = None) -> Finding:
+    return Finding(SKIPPED, detail, next)
 
 
-def first(problems: list[str], fine: str) -> Finding:
+def first(problems: Sequence[str], fine: str) -> Finding:
     """Passed with `fine`, or failed with the first problem and the number of the others."""
     if not problems:
         return passed(fine)
-    return failed(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Finding(FAILED, f"{problems[0]}{more}", problems[0].next if isinstance(problems[0], Problem) else None)
 
 
 def counted(number: int, noun: str) -> str:

@@ -9,15 +9,20 @@ from quantpub.ct_config import ct_problems, problems_of_method
 from quantpub.kv_cache import ATTENTION
 from quantpub.kv_check import kv_problems, scale_of
 from quantpub.layouts.base import CT
-from quantpub.lookup import method_of, name_problems, readers
+from quantpub.lookup import head_problems, method_of, name_problems, readers
 from quantpub.lookup_names import asks, engine_modules
 from quantpub.targets import TARGETS
 from quantpub.tp_cut import tp_table
-from quantpub.verify.base import Finding, Subject, failed, first
+from quantpub.verify.base import Finding, Problem, Subject, failed, first
+from quantpub.verify.language import language
 from quantpub.verify.left_out import left_out
+from quantpub.verify.whole import tied
 
 AGREE = "hf_quant_config.json is read first"  # so begins what the two files of ModelOpt say differently
 ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")  # a sentence that begins so is about what that engine does not load
+
+IGNORE = "name the head in ignore, as llm-compressor does"
+UNMERGED = "serve it with transformers, which merges nothing, or quantize again with a scale a row or a tensor"
 
 
 def parses(subject: Subject) -> Finding:
@@ -53,6 +58,7 @@ def names(subject: Subject) -> Finding:
     plain = [module for module in subject.plain if module not in missed]
     problems = name_problems(subject.stated, subject.quantized, plain, fused, str(config.get("model_type", "")))
     problems += _never_asked(subject)
+    problems += [Problem(text, IGNORE) for text in ([] if tied(subject) else head_problems(subject.stated, plain))]
     modules = len(engine_modules([*subject.quantized, *plain], fused))
     return first(problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them")
 
@@ -72,13 +78,23 @@ def kv_cache(subject: Subject) -> Finding:
     held = subject.held
     scales = [name for name in held.place if scale_of(name)]
     values = {name: float(held.tensor(name)) if held.info(name).nbytes <= 8 else None for name in scales}
-    attentions = {found[0] for line in subject.decoder.actions if (found := ATTENTION.match(str(line["as"])))}
-    problems = kv_problems(subject.stated, values, sorted(attentions))
+    problems = kv_problems(subject.stated, values, sorted(_attentions(subject)))
     if method_of(subject.stated) == "modelopt":  # its exporter raises every scale to 1 at least
         problems = [
             problem for problem in problems if "every scale of the KV cache is 1.0" not in problem or subject.ours
         ]
     return first(problems, f"{len(scales)} scales" if scales else "none is declared")
+
+
+def _attentions(subject: Subject) -> set[str]:
+    """Those of the language model's own layers, by the checkpoint's names: layers that predict further tokens have no scales."""
+    count, found = subject.held.text_config.get("num_hidden_layers"), set()
+    for name in (str(line["as"]) for line in subject.decoder.actions):
+        own = language(name)
+        here = ATTENTION.match(own)
+        if here and not (isinstance(count, int) and int(here[1]) >= count):
+            found.add(name.removesuffix(own[here.end() :]))
+    return found
 
 
 def tensor_parallel(subject: Subject) -> Finding:
@@ -91,9 +107,10 @@ def tensor_parallel(subject: Subject) -> Finding:
     said = {str(size): reasons[0] if reasons else "ok" for size, reasons in table.items()}
     subject.figures["tensor_parallel"] = said
     asked = subject.tp or 1
-    problems = [f"it cannot be cut for {asked} GPUs: {table[asked][0]}"] if table.get(asked) else []
     if asked not in table:
         return failed(f"{subject.tp} GPUs are not one of {', '.join(said)}")
+    alone = _unmerged(subject) if asked == 1 else ""
+    problems = [] if alone else [_uncut(asked, why) for why in table[asked][:1]]
     if subject.ours:
         recorded = subject.artifact.run()["stages"]["quantize"].get("tensor_parallel", {})
         problems += [
@@ -101,4 +118,19 @@ def tensor_parallel(subject: Subject) -> Finding:
             for size, found in said.items()
             if recorded.get(size, found) != found
         ]
-    return first(problems, "; ".join(f"{size}: {'yes' if found == 'ok' else 'no'}" for size, found in said.items()))
+    short = {size: "yes" if found == "ok" else "no" for size, found in said.items()}
+    if alone and table[1]:
+        short["1"] = f"by {alone}; no engine that merges linears takes it: {table[1][0]}"
+    return first(problems, "; ".join(f"{size}: {found}" for size, found in short.items()))
+
+
+def _unmerged(subject: Subject) -> str:
+    """The engines that one of ours was made for, where none of them merges linears; else nothing."""
+    meant = subject.artifact.run().get("engines", []) if subject.ours else []
+    return "" if any(TARGETS[name].merges for name in meant) else " and ".join(TARGETS[name].summary for name in meant)
+
+
+def _uncut(size: int, why: str) -> str:
+    if size > 1:
+        return f"it cannot be cut for {size} GPUs: {why}"
+    return Problem(f"no engine that merges linears takes it: {why}", UNMERGED)

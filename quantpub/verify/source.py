@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ import torch
 from quantpub.checkpoint import Checkpoint, Slice
 from quantpub.families import FAMILIES, GENERIC
 from quantpub.shards import raw_bytes
-from quantpub.verify.base import Finding, Subject, failed, first, skipped
+from quantpub.verify.base import NO_SOURCE, Finding, Problem, Subject, failed, first, skipped
 from quantpub.verify.whole import LM_HEAD, tied
 
-NO_SOURCE = "not looked at: no --source was given"
 COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)")
+TAKE_IT = "take that file from the source as it is, or make the checkpoint again"
+IN_RANGE = "cast it to bfloat16, or keep the source's dtype: float16 ends at 65504"
 REMOTE = "not looked at: it needs the weights, which --download fetches"
 
 
@@ -41,8 +42,19 @@ def coverage(subject: Subject) -> Finding:
     for name in subject.source.companions if subject.quantized_here else ():
         ours = subject.artifact.path / name
         if not ours.is_file() or _digest(ours.read_bytes()) != _digest(subject.source.source.path(name).read_bytes()):
-            problems.append(f"{name} is not the source's")
-    return first(problems, f"{len(parts)} source tensors, {len(subject.source.companions)} files beside them")
+            problems.append(Problem(f"{name} is not the source's", TAKE_IT))
+    return first(problems, f"{len(parts)} source tensors{_beside(subject, subject.source.companions)}")
+
+
+def _beside(subject: Subject, names: Sequence[str]) -> str:
+    """Tokenizer and other small files: of another tool's, which may rightly write them anew, only that they are there."""
+    if subject.quantized_here:
+        return f", {len(names)} files beside them"
+    missing = [name for name in names if name not in subject.held.source.files]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"; files beside them, as the tokenizer, were not compared{f': {missing[0]}{more} missing' if missing else ''}"
+    )
 
 
 def _of_source(subject: Subject, line: Mapping[str, Any]) -> list[str]:
@@ -86,17 +98,36 @@ def copies(subject: Subject) -> Finding:
         return failed(f"{odd} holds what is not a finite number") if odd else skipped(NO_SOURCE)
     parts = source_parts(subject.source)
     compared = [name for name in names if name in parts]
-    problems = [f"{name} differs from the source" for name in compared if not _same_bytes(subject, name, parts[name])]
+    problems = [problem for name in compared if (problem := _differs(subject, name, parts[name]))]
     smoothed = sum(line["action"] == "smooth" for line in subject.decoder.actions)
     folded = f", {smoothed} of them after the factors of smoothing" if smoothed else ""
-    return first(problems, f"{len(compared)} tensors byte-identical{folded}")
+    return first(problems, f"{len(compared)} tensors byte-identical{folded or _altered(subject, compared, parts)}")
+
+
+def _altered(subject: Subject, compared: Sequence[str], parts: Mapping[str, Slice]) -> str:
+    """Of another tool's: with what the source's tensors were altered before they were compared."""
+    if subject.quantized_here:
+        return ""
+    dtypes = {name: subject.held.info(name).dtype for name in compared}
+    cast = [name for name in compared if dtypes[name] != parts[name].info.dtype]
+    to = " and ".join(sorted({dtypes[name] for name in cast}))
+    sources = subject.smoothing.vectors() if subject.smoothing is not None else {}
+    folded = sum(name.rpartition(".")[0] in sources for name in compared)
+    after = [f"{len(cast)} of them after a cast to {to}"] if cast else []
+    after += [f"{folded} of them after factors that were found folded into them"] if folded else []
+    return "".join(f", {each}" for each in after)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
     return not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor.float()).all())
 
 
-def _same_bytes(subject: Subject, name: str, part: Slice) -> bool:
-    """Another tool may have cast the whole model to its dtype."""
+def _differs(subject: Subject, name: str, part: Slice) -> str | None:
+    """Another tool may have cast the whole model to its dtype, where that holds its numbers."""
     found, due = subject.decoder.tensor(name), subject.due(part)
-    return raw_bytes(found) == raw_bytes(due if subject.quantized_here else due.to(found.dtype))
+    if raw_bytes(found) != raw_bytes(due if subject.quantized_here else due.to(found.dtype)):
+        return f"{name} differs from the source"
+    lost = found.dtype != due.dtype and not _finite(found) and _finite(due)
+    if not lost:
+        return None
+    return Problem(f"{name} was cast to {subject.held.info(name).dtype}, which does not hold its numbers", IN_RANGE)

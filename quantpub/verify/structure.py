@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from quantpub.adopt import NONE
 from quantpub.artifact import SUMS
 from quantpub.checkpoint import public_config
 from quantpub.decode import outputs_of
 from quantpub.sources import LocalSource
-from quantpub.verify.base import Finding, Subject, counted, first, skipped
+from quantpub.verify.base import NO_SOURCE, Finding, Problem, Subject, counted, first, skipped
+from quantpub.verify.computed import differences, settings, stray_ids
+
+QUANTIZE_IT = "quantize it, or take quantization_config out of config.json"
+IN_VOCABULARY = (
+    "let config.json name tokens that the vocabulary has, or raise vocab_size with the rows of the embedding"
+)
 
 
 def files(subject: Subject) -> Finding:
@@ -38,7 +47,7 @@ def tensors(subject: Subject) -> Finding:
     """The exact set of suffixes, dtypes and shapes: engines do not check that a quantized checkpoint is complete."""
     if not subject.ours:
         adopted = subject.opened.adopted
-        problems = adopted.said("tensors")
+        problems = [Problem(text, QUANTIZE_IT) if text == NONE else text for text in adopted.said("tensors")]
         return first(problems, f"{len(subject.held.place)} tensors, {len(subject.decoder.modules())} quantized modules")
     decoder, problems = subject.decoder, []
     expected = {
@@ -68,11 +77,32 @@ def readable(subject: Subject) -> Finding:
     if not reasons:
         return first([], f"{len(subject.decoder.modules())} modules")
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return skipped(f"{reasons[0]}{more}")
+    return skipped(f"{reasons[0]}{more}", f"judge it with what made it, {subject.opened.adopted.method.tool}")
 
 
 def config(subject: Subject) -> Finding:
-    """Every Linear that is not quantized is named in `ignore` in full, and every quantized one is not."""
+    """Ours in every key: each Linear that is not quantized is named in `ignore` in full. Of another tool's what is computed."""
+    return _config_of_ours(subject) if subject.ours else _computed(subject)
+
+
+def _computed(subject: Subject) -> Finding:
+    """Known failure: settings that were lost or changed on the way, with which the right weights answer worse."""
+    found = subject.held.config
+    if subject.source is None:
+        return first(_stray(found, None), f"token ids lie within the vocabulary; against the source {NO_SOURCE}")
+    source = subject.source.config
+    compared = settings(found).keys() & settings(source).keys()
+    return first(
+        [*differences(found, source), *_stray(found, source)],
+        f"{len(compared)} settings of what is computed are the source's",
+    )
+
+
+def _stray(found: Mapping[str, Any], source: Mapping[str, Any] | None) -> list[str]:
+    return [Problem(text, IN_VOCABULARY) for text in stray_ids(found, source)]
+
+
+def _config_of_ours(subject: Subject) -> Finding:
     stated, decoder = subject.artifact.config(), subject.decoder
     stating, expecting = stated.get("quantization_config", {}), decoder.declared()
     quantized, listed = {module for module, _ in decoder.modules()}, set(stating.get("ignore") or ())
@@ -96,6 +126,8 @@ def config(subject: Subject) -> Finding:
         expected = public_config(subject.source)
         ours = {key: value for key, value in stated.items() if key not in ("quantization_config", "_name_or_path")}
         problems += [f"{key} is not the source's" for key in {*ours, *expected} if ours.get(key) != expected.get(key)]
+    elif subject.source is not None:
+        problems += differences(stated, subject.source.config)
     method = " ".join(str(stating[key]) for key in ("quant_method", "format") if key in stating)
     return first(problems, f"{method}, {len(decoder.ignored())} modules in high precision")
 

@@ -14,8 +14,8 @@ import statistics
 import torch
 
 from quantpub.qtensor import QTensor, dequantize, same_bits
-from quantpub.verify.base import Finding, Subject, first, passed, skipped
-from quantpub.verify.source import NO_SOURCE, REMOTE, source_parts
+from quantpub.verify.base import NO_SOURCE, Finding, Subject, first, passed, skipped
+from quantpub.verify.source import REMOTE, source_parts
 
 # Lowest SQNR of a sound tensor. Normal weights reach 19–20 dB at int4 in groups of 128 and 31–32 dB at FP8 E4M3;
 # heavy tails cost a few dB of it.

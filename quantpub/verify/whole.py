@@ -15,8 +15,8 @@ from quantpub.actions import QUANTIZE
 from quantpub.families import EMBEDDING, GENERIC, HEAD, Family
 from quantpub.shards import raw_bytes
 from quantpub.verify.base import Finding, Subject, counted, first
+from quantpub.verify.language import LAYER, family_of_text, language, lost_norms, model_type_of
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 ANY_EXPERT = ("mlp.experts.0.up_proj", "block_sparse_moe.experts.0.w1")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -24,6 +24,11 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 TIED = frozenset(
     {"gemma", "gemma2", "gemma3_text", "smollm3", "cohere", "cohere2", "ernie4_5", "starcoder2", "ernie4_5_moe"}
 )
+# Architectures whose heads have a size of their own where the config does not state it
+HEAD_DIMS = {
+    **dict.fromkeys(("ministral3", "qwen3", "ernie4_5", "seed_oss", "glm", "glm4", "minimax_m2"), 128),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 256),
+}
 JOINS = "eh_proj.weight"  # what joins a layer that predicts further tokens to the model
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # A linear → those that stand beside it, each as alternatives
@@ -59,21 +64,24 @@ SIDES: dict[str, tuple[tuple[int, str], ...]] = {
 
 def complete(subject: Subject) -> Finding:
     """Every layer has what the others of its kind have, every expert too; embedding and head are there."""
-    family, config = subject.decoder.family(), subject.held.text_config
+    family, config = family_of_text(subject.held.text_config), subject.held.text_config
     if family is GENERIC:
         return first(
             [], f"architecture {config.get('model_type')!r} is not known here: only files and names were compared"
         )
-    problems = [] if subject.ours else subject.opened.adopted.said("complete")
     lines = subject.decoder.actions
-    shapes = {str(line["as"]): tuple(line["shape"]) for line in lines}
+    shapes = {language(str(line["as"])): tuple(line["shape"]) for line in lines}
+    layers = _layers(shapes)
+    problems = [] if subject.ours else subject.opened.adopted.said("complete")
     if not any(line["role"] == EMBEDDING for line in lines):
         problems.append("there is no embedding")
     if not tied(subject) and not any(line["role"] == HEAD and "lm_head" in line["as"] for line in lines):
         problems.append("there is no lm_head, and the config does not tie it to the embedding")
-    layers = _layers(shapes)
     problems += _count(layers, config) + _incomplete(layers) + _alone(shapes)
     problems += _experts(shapes, family, config)
+    seen = " ".join(problems)
+    counted_on = {i: parts for i, parts in layers.items() if JOINS not in parts and f"layer {i} " not in seen}
+    problems += lost_norms(counted_on, shapes, model_type_of(config))
     if not subject.ours:
         problems += _head(subject) + wrong_sizes(shapes, config) + lost_biases(shapes, config)
     return first(problems, f"{counted(len(layers), 'layer')}, {len(lines)} tensors")
@@ -88,7 +96,7 @@ def tied(subject: Subject) -> bool:
 
 def _head(subject: Subject) -> list[str]:
     """A tied head of its own weights: vLLM leaves it out, and computes with the embedding."""
-    lines = {str(line["as"]): line for line in subject.decoder.actions}
+    lines = {language(str(line["as"])): line for line in subject.decoder.actions}
     head, embedding = lines.get(LM_HEAD), lines.get(EMBED)
     if not tied(subject) or head is None or embedding is None:
         return []
@@ -97,7 +105,8 @@ def _head(subject: Subject) -> list[str]:
         return [f"{said} quantized" if head["action"] == QUANTIZE else f"{said} not quantized as that is"]
     if head["shape"] != embedding["shape"]:
         return [f"{said} {head['shape']} where that is {embedding['shape']}"]
-    same = not subject.weights or raw_bytes(subject.decoder.tensor(LM_HEAD)) == raw_bytes(subject.decoder.tensor(EMBED))
+    one, other = (str(line["as"]) for line in (head, embedding))
+    same = not subject.weights or raw_bytes(subject.decoder.tensor(one)) == raw_bytes(subject.decoder.tensor(other))
     return [] if same else [f"{said} another tensor: engines differ in which of the two they take"]
 
 
@@ -179,7 +188,7 @@ def _stated(config: Mapping[str, Any]) -> dict[str, int]:
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     kv = config.get("num_key_value_heads") or heads
     if isinstance(heads, int) and isinstance(found["hidden_size"], int) and heads:
-        head_dim = head_dim or found["hidden_size"] // heads
+        head_dim = head_dim or HEAD_DIMS.get(model_type_of(config)) or found["hidden_size"] // heads
     if isinstance(kv, int) and isinstance(head_dim, int) and "kv_lora_rank" not in config:
         found["kv"] = kv * head_dim
     return {key: value for key, value in found.items() if isinstance(value, int)}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 META = ".quantpub"
 SUMS = f"{META}/SHA256SUMS"
 CALIBRATION, SMOOTHING = "calibration.json", "smoothing.safetensors"
+PROOFS = "repack.jsonl"  # of one that was repacked, what became of each weight
 JOURNAL = ("shard", "sha256", "source_sha256")
 DOWNLOADED = re.compile(r"\.gitattributes|\.cache/huggingface/.*")
 

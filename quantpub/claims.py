@@ -11,6 +11,7 @@ from quantpub.artifact import Artifact
 from quantpub.errors import ConflictError
 from quantpub.files import TEMPORARY, disk_errors
 from quantpub.plan import Plan
+from quantpub.sources import LocalSource, Source
 
 ELSEWHERE = "choose another folder with -o"
 
@@ -18,6 +19,16 @@ ELSEWHERE = "choose another folder with -o"
 def folders(plans: Sequence[Plan], out: Path) -> list[Path]:
     """Where each plan's artifact goes: a single one into `out` itself, several into `out/<layout>`."""
     return [out if len(plans) == 1 else out / plan.layout.name for plan in plans]
+
+
+def require_apart(source: Source, out: Path) -> None:
+    """Errors: ConflictError when the artifact would come to lie in the folder that it is made from."""
+    if isinstance(source, LocalSource) and out.resolve().is_relative_to(source.folder.resolve()):
+        same = out.resolve() == source.folder.resolve()
+        what = (
+            "the output folder is the checkpoint itself" if same else "the output folder lies in the checkpoint's own"
+        )
+        raise ConflictError(what, where=str(out), next=ELSEWHERE)
 
 
 def require_free(plans: Sequence[Plan], out: Path) -> None:

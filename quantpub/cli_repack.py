@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantpub.errors import UsageError, closest
+from quantpub.errors import InputError, UsageError, closest
 from quantpub.options import FormatOpt, JsonOpt, OutOpt, RevisionOpt, out
+
+if TYPE_CHECKING:
+    from quantpub.opened import Opened
+
+# The rules of `verify` that another tool's checkpoint must pass before it is written anew as one of ours: of its headers alone.
+# Not `names`: the config is written anew, with names that engines find.
+SOUND = ("index", "tensors", "bits", "complete", "kv-cache")
 
 
 def repack(
@@ -31,11 +38,30 @@ def repack(
     from quantpub.show import show_repacked
 
     with out.working("reading headers"):
-        made = make_repack(open_quantized(checkpoint, revision), layout)
+        opened = open_quantized(checkpoint, revision)
+        made = make_repack(opened, layout)
+        _require_sound(opened)
     total = sum(made.plan.shard_bytes(shard) for shard in made.plan.shards)
     with out.bar("repacking", total) as advance:
         report = run(made, output, accept_loss, advance)
     out.result(report, lambda: show_repacked(out, report), quiet=str(output))
+
+
+def _require_sound(opened: Opened) -> None:
+    """Errors: InputError with the finding of the first rule that fails. Ours was judged when it was made."""
+    from quantpub.registry import load
+    from quantpub.verify import CHECKS, RULES
+    from quantpub.verify.base import FAILED, Subject
+
+    subject = Subject(opened, None, weights=False)
+    parses = opened.artifact is not None or load(RULES, "rule", "parses")(subject).status != FAILED
+    for name in SOUND if opened.artifact is None else ():
+        if not parses and "parses" in CHECKS[name].needs:
+            continue  # names that no engine can look up; written anew they are others
+        finding = load(RULES, "rule", name)(subject)
+        if finding.status == FAILED:
+            what, advice = f"{name}: {finding.detail}", "quantize again from the full-precision model"
+            raise InputError(what, where=opened.held.source.label, next=advice)
 
 
 def _require_layout(layout: str) -> None:

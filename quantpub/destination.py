@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from quantpub import __version__
-from quantpub.artifact import CALIBRATION, META, SMOOTHING, SUMS, Artifact
+from quantpub.artifact import CALIBRATION, META, PROOFS, SMOOTHING, SUMS, Artifact
 from quantpub.calibrated import Calibrated
 from quantpub.checkpoint import INDEX
 from quantpub.claims import ELSEWHERE, begun, taken
@@ -87,6 +87,8 @@ class Destination:
             written.add(f"{META}/{CALIBRATION}")
         if self.plan.recipe.transform:
             written.add(f"{META}/{SMOOTHING}")
+        if self.plan.origin is not None:
+            written.add(f"{META}/{PROOFS}")
         if damaged := [name for name in self.artifact.damage() if name in written]:
             raise self._changed(f"{damaged[0]} is missing or no longer has its sha256")
         if set(self._kept()) != set(self.plan.shards):
@@ -109,7 +111,7 @@ class Destination:
             if shard in self.plan.shards
             and (path / shard).is_file()
             and sha256_file(path / shard) == entry["sha256"]
-            and entry["source_sha256"] in self.plan.source_digests(shard)
+            and entry["source_sha256"] == self.plan.checkpoint.source.sha256(shard)
             and (shared is None or entry.get("shared") == shared)
         }
 
@@ -238,8 +240,6 @@ class Destination:
             )
             raise UnavailableError(what, where=self.plan.checkpoint.source.label, next=advice)
         entries = self.artifact.journal_entries()
-        if self.plan.origin is not None:
-            entries = {s: line | {"source_sha256": self.plan.source_digests(s)[-1]} for s, line in entries.items()}
         self._write_journal(entries)
         for name in self.plan.checkpoint.companions:
             self.artifact.write(name, self.plan.checkpoint.source.read(name))

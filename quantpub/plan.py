@@ -144,15 +144,6 @@ class Plan:
         data = [self.calibration] if self.calibration else []
         return sha256_json([weights, companions, config, self.recipe.digest(), self.layout.name, *data])
 
-    def source_digests(self, shard: str) -> tuple[str, ...]:
-        """What a journal may say of a source shard that is as it was: the sha256 of the whole file, read now.
-
-        A repack goes at the speed of the disk, and hashing does not: while it runs, the file's state stands for it; in the
-        finished journal its fingerprint, the same of every copy.
-        """
-        source = self.checkpoint.source
-        return (source.sha256(shard),) if self.origin is None else (source.state(shard), source.fingerprint(shard))
-
     def as_jsonl(self) -> bytes:
         return "".join(json.dumps(action.as_json()) + "\n" for action in self.actions).encode()
 

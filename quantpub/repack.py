@@ -6,6 +6,7 @@ A worker takes one module at a time through all of it, from the source's file in
 of its own, while workers are at the next. Every module's proof is a line of `.quantpub/repack.jsonl`: `equal` says that what
 was written reads back as the very codes, scales and zeros that were read, so that the weights are the same bits (law 1);
 `rounded` that a number was not expressible to float32's last bit; `lost` how much of the weight's norm a conversion took.
+Every shard of the source is hashed meanwhile: what is not what its makers sealed is not written anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from quantpub.actions import QUANTIZE, Action
 from quantpub.artifact import CALIBRATION, META
 from quantpub.calibrated import Calibrated
+from quantpub.claims import require_apart
 from quantpub.destination import Destination
 from quantpub.errors import GateError, InputError, QuantpubError, UnavailableError
 from quantpub.files import dump_json
@@ -30,7 +32,7 @@ from quantpub.kv_cache import letter_of
 from quantpub.memory import give_back, keep_freed_memory
 from quantpub.plan_facts import WORKERS
 from quantpub.relay import Side, Unlike, relay
-from quantpub.repack_proof import Proof, Proofs, Tally
+from quantpub.repack_proof import Proof, Proofs, Sums, Tally
 from quantpub.repacking import Repack
 from quantpub.shards import raw_bytes
 from quantpub.sources import Source
@@ -52,11 +54,12 @@ class Done:
 
 
 def repack(repack: Repack, out: Path, accept_loss: bool = False, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Write the artifact, or finish the one begun there; returns a report.
+    """Write the artifact, or finish the one begun there; returns a report. The source is read only.
 
     Errors: GateError when weights would change and that was not accepted, with how much; InputError (the checkpoint),
     ConflictError (the folder holds something else), UnavailableError (disk; a rerun resumes).
     """
+    require_apart(repack.opened.held.source, out)
     destination = Destination(repack.plan, out)
     if not destination.complete:
         if repack.conversions and not accept_loss:
@@ -85,13 +88,17 @@ def _run(repack: Repack, destination: Destination, progress: Progress) -> None:
     give_back()
     keep_freed_memory()
     proofs = Proofs(destination)
+    destination.finished &= proofs.shards  # what has no proof any more is made again
     states = {shard: repack.opened.held.source.state(shard) for shard in repack.plan.shards}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    done = concurrently(_actions(repack, destination), lambda item: _worked(repack, destination, *item), WORKERS + 1)
     try:
-        with contextlib.closing(done), ThreadPoolExecutor(1) as closing:
-            _commit(repack, destination, done, Behind(closing), states, proofs, progress)
+        with ThreadPoolExecutor(1) as closing, ThreadPoolExecutor(1) as hashing:
+            sums = Sums(repack.opened, hashing)
+            actions = _actions(repack, destination, sums)
+            done = concurrently(actions, lambda item: _worked(repack, destination, *item), WORKERS + 1)
+            with contextlib.closing(done):
+                _commit(repack, destination, done, Behind(closing), states, sums, proofs, progress)
     finally:
         destination.abandon()
         torch.set_num_threads(threads)
@@ -101,10 +108,13 @@ def _run(repack: Repack, destination: Destination, progress: Progress) -> None:
     destination.end("cpu", Carried.of(repack))
 
 
-def _actions(repack: Repack, destination: Destination) -> Generator[tuple[str, Action | None, int], None, None]:
+def _actions(
+    repack: Repack, destination: Destination, sums: Sums
+) -> Generator[tuple[str, Action | None, int], None, None]:
     """(shard, action, offset): copies in pieces, and at the end of a shard no action."""
     for shard, actions in repack.plan.shards.items():
         if destination.needs(shard):
+            sums.begin(shard)
             for action in actions:
                 size = 1 if action.kind == QUANTIZE else max(1, action.part.info.nbytes)
                 yield from ((shard, action, offset) for offset in range(0, size, PIECE))
@@ -157,6 +167,7 @@ def _commit(
     done: Generator[Done, None, None],
     behind: Behind,
     states: Mapping[str, str],
+    sums: Sums,
     proofs: Proofs,
     progress: Progress,
 ) -> None:
@@ -165,12 +176,18 @@ def _commit(
     for item in done:
         if item.action is None:
             proofs.keep(item.shard)
-            _require_unchanged(source, item.shard, states[item.shard])
-            behind.end(partial(destination.closed(item.shard), states[item.shard]))
+            unchanged = partial(_require_unchanged, source, item.shard, states[item.shard])
+            behind.end(partial(_end, destination, item.shard, sums, unchanged))
         if item.proof is not None:
             proofs.add(item.proof)
         progress(item.nbytes)
     behind.wait()
+
+
+def _end(destination: Destination, shard: str, sums: Sums, require_unchanged: Callable[[], None]) -> None:
+    """Commit a shard, once its source is known to be sound."""
+    digest = sums.end(shard, require_unchanged)
+    destination.closed(shard)(digest)
 
 
 def _require_unchanged(source: Source, shard: str, state: str) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from quantpub.artifact import META
+from quantpub.artifact import META, PROOFS
 from quantpub.conversions import convert, cost, relative
 from quantpub.destination import Destination
 from quantpub.errors import InputError
-from quantpub.files import disk_errors
+from quantpub.files import disk_errors, sha256_file
+from quantpub.opened import Opened
 from quantpub.qtensor import QTensor
 from quantpub.repacking import Repack, Route
+from quantpub.sources import LocalSource, read_errors
 
-PROOFS = "repack.jsonl"
+MOVED = 2.0**-22  # twice what a float32 number beside a reciprocal is away
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Tally:
         _require_scales(self.module, after)
         held = route.layout.nearest(after)
         self.rounded = max(self.rounded, 0.0 if held is after else _change(after, held))
+        if self.rounded > MOVED:
+            what = f"{route.layout.name} cannot hold its global scales: the nearest are {self.rounded:.1e} of them away"
+            raise InputError(what, where=self.module, next="choose another layout")
         return held
 
     def proof(self) -> Proof:
@@ -78,12 +85,53 @@ def _change(before: QTensor, after: QTensor) -> float:
     )
 
 
+class Sums:
+    """The sha256 of every shard of the source, found while it is read, and held against those that are stated of it."""
+
+    def __init__(self, opened: Opened, hashing: Executor) -> None:
+        self._source, self._hashing = opened.held.source, hashing
+        artifact = opened.artifact
+        self._stated = [(artifact.sums(), "its SHA256SUMS"), (artifact.journal(), "its journal")] if artifact else []
+        self._found: dict[str, Future[str]] = {}
+
+    def begin(self, shard: str) -> None:
+        self._found[shard] = self._hashing.submit(self._hashed, shard)
+
+    def _hashed(self, shard: str) -> str:
+        path = self._source.path(shard)
+        with read_errors(path):
+            return sha256_file(path)
+
+    def end(self, shard: str, require_unchanged: Callable[[], None]) -> str:
+        """Errors: InputError where it is not the one that is stated; what `require_unchanged` raises goes before."""
+        found = self._found.pop(shard).result()
+        require_unchanged()
+        stated = {name: sums[shard] for sums, name in self._stated if shard in sums}
+        if not isinstance(self._source, LocalSource):
+            stated["the Hub"] = self._source.sha256(shard)
+        if other := next((name for name, digest in stated.items() if digest != found), None):
+            what, where = f"the shard is damaged: it has not the sha256 that {other} states", self._source.where(shard)
+            raise InputError(what, where=where, next="download or copy the checkpoint again, or make it again")
+        return found
+
+
 class Proofs:
     """The lines of repack.jsonl: written before the shard they speak of, so that a rerun finds those of finished ones."""
 
     def __init__(self, destination: Destination) -> None:
         self._destination, self._open = destination, list[Proof]()
-        self._by_shard = {shard: lines for shard, lines in self._read().items() if shard in destination.finished}
+        self._by_shard = {shard: lines for shard, lines in self._read().items() if self._whole(shard, lines)}
+
+    @property
+    def shards(self) -> set[str]:
+        """Finished, and with a proof of every module."""
+        return set(self._by_shard)
+
+    def _whole(self, shard: str, lines: list[dict[str, Any]]) -> bool:
+        if shard not in self._destination.finished:
+            return False
+        due = [a.module for a in self._destination.plan.shards[shard] if a.treatment is not None]
+        return [line["module"] for line in lines] == due
 
     def _read(self) -> dict[str, list[dict[str, Any]]]:
         path = self._destination.artifact.meta / PROOFS
@@ -91,7 +139,7 @@ class Proofs:
             return {}
         try:
             lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            return {line["shard"]: line["modules"] for line in lines}
+            return {line["shard"]: [Proof(**each).as_json() for each in line["modules"]] for line in lines}
         except (ValueError, KeyError, TypeError):
             return {}
 
@@ -108,7 +156,7 @@ class Proofs:
 
     def summary(self, repack: Repack) -> dict[str, Any]:
         """What run.json says of the whole repack."""
-        proofs = [proof for lines in self._by_shard.values() for proof in lines]
+        proofs = [proof for shard in self._destination.plan.shards for proof in self._by_shard[shard]]
         worst = max(proofs, key=lambda proof: float(proof["lost"]), default=None)
         lossy = [{"name": c.name, "note": c.note} for c in repack.conversions]
         return {

@@ -14,30 +14,27 @@ from typing import Any
 import torch
 
 from quantpub.actions import COPY, QUANTIZE, SMOOTH, Action
-from quantpub.algorithms import ADOPTED
 from quantpub.artifact import META
 from quantpub.checkpoint import NOT_COMPANIONS, Checkpoint, Slice, is_companion
 from quantpub.conversions import routes
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
-from quantpub.kv_cache import letter_of
+from quantpub.kv_cache import LETTERS, letter_of
 from quantpub.layouts import LAYOUTS
 from quantpub.layouts.base import CT, Layout, Spec
 from quantpub.opened import Opened
 from quantpub.pairs import HOLDS, Conversion
 from quantpub.plan import Plan
 from quantpub.plan_engines import engines_of
-from quantpub.recipe import Recipe
 from quantpub.registry import load
-from quantpub.scheme import PRESETS, Scheme
+from quantpub.repack_recipe import repacked_recipe
+from quantpub.scheme import Scheme
 from quantpub.shards import TensorInfo, tensor_bytes
 from quantpub.smoothing import Smoothing, smoothing_of
 from quantpub.sources import front_matter
-from quantpub.targets import TARGETS, unloadable
 from quantpub.treatments import Treatment
 
 BF16_ONLY = "is for models in bf16, and this one is in fp16"
-REPACKED = "; repacked as "
 QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -91,12 +88,13 @@ def make_repack(opened: Opened, layout_name: str) -> Repack:
         Treatment(route.scheme, t.algorithm, route.layout) for t, route in zip(decoder.treatments, found, strict=True)
     )
     checkpoint = _checkpoint(opened)
+    quantized = [line for line in decoder.actions if line["action"] == QUANTIZE]
     shards: dict[str, tuple[Action, ...]] = {
         shard: tuple(_action(opened, line, treatments, found) for line in decoder.actions if line["shard"] == shard)
         for shard in checkpoint.shards
     }
     plan = Plan(
-        _recipe(opened, treatments, layout_name),
+        repacked_recipe(opened, treatments, {line["treatment"] for line in quantized}),
         treatments,
         checkpoint,
         decoder.family(),
@@ -211,7 +209,7 @@ def _checkpoint(opened: Opened) -> Checkpoint:
 
 def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatment], ways: Sequence[Route]) -> Action:
     dtype, (name, shape) = line["dtype"], (line["as"], tuple(line["shape"]))
-    kv: Spec = _kv(line, treatments[0].layout)
+    kv = _kv(opened, line, treatments[0].layout)
     if line["action"] != QUANTIZE:
         found = opened.held.info(name)
         part = Slice(name, line["tensor"], line["shard"], found)
@@ -225,13 +223,16 @@ def _action(opened: Opened, line: Mapping[str, Any], treatments: Sequence[Treatm
     return Action(QUANTIZE, part, line["role"], outputs, treatment=line["treatment"], kv=kv)
 
 
-def _kv(line: Mapping[str, Any], layout: Layout) -> Spec:
-    names, cache = line.get("kv", {}), layout.kv_cache
-    attention = str(line["as"]).removesuffix(".weight").rpartition(".")[0]
-    if names and cache is None:
+def _kv(opened: Opened, line: Mapping[str, Any], layout: Layout) -> Spec:
+    """One scale that another tool has of keys and values alike is written as two."""
+    attention, _, leaf = str(line["as"]).removesuffix(".weight").rpartition(".")
+    letters, cache = [letter_of(name) for name in line.get("kv", {})], layout.kv_cache
+    if opened.artifact is None and f"{attention}.kv_scale" in opened.adopted.shared:
+        letters = list(LETTERS.get(leaf, ""))
+    if letters and cache is None:
         what = f"{layout.name} has no place for the scales of its FP8 KV cache"
         raise InputError(what, where=attention, next="choose a layout of compressed-tensors or ModelOpt")
-    return {cache.name(attention, letter_of(name)): ("F32", cache.shape) for name in names} if cache else {}
+    return {cache.name(attention, letter): ("F32", cache.shape) for letter in letters} if cache else {}
 
 
 def _require_held(plan: Plan, opened: Opened) -> None:
@@ -254,37 +255,6 @@ def _require_engine(plan: Plan, opened: Opened) -> None:
         raise InputError(
             f"no engine would load it: {refusals[0]}", where=opened.held.source.label, next="choose another layout"
         )
-
-
-def _recipe(opened: Opened, treatments: Sequence[Treatment], layout: str) -> Recipe:
-    """The recipe of one of ours with the engines of its new layout; of another tool's, what can be said of it."""
-    scheme = treatments[0].scheme
-    engines = {name: layout for name in TARGETS if unloadable(name, layout, scheme.name) is None}
-    if opened.artifact is not None:
-        own = opened.artifact.recipe()
-        changed: dict[str, Any] = {
-            "engines": engines,
-            "description": f"{own.description.partition(REPACKED)[0]}{REPACKED}{layout}",
-        }
-        if own.scheme != scheme.name:
-            changed |= {"scheme": scheme.name, "group_size": _size(scheme)}
-        return own.model_copy(update=changed)
-    if scheme.name not in PRESETS:
-        raise InputError(f"scheme {scheme.name} has no name among ours", where=opened.held.source.label)
-    method = opened.adopted.method
-    return Recipe(
-        name=f"{ADOPTED}-{method.name}",
-        description=f"quantized by {method.tool}, repacked as {layout}",
-        scheme=scheme.name,
-        group_size=_size(scheme),
-        algorithm={"name": ADOPTED, "by": method.tool},
-        kv_cache="fp8" if any(line.get("kv") for line in opened.adopted.lines) else None,
-        engines=engines,
-    )
-
-
-def _size(scheme: Scheme) -> int | None:
-    return None if PRESETS[scheme.name].group_size == scheme.group_size else scheme.group_size
 
 
 def _origin(opened: Opened) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,12 @@ def test_scales_that_the_other_float_does_not_reach_are_refused() -> None:
     q = QTensor(preset("LLM_INT8"), torch.ones(2, 4, dtype=torch.int8), torch.tensor([[1e-9], [0.1]]))
     with pytest.raises(ValueError, match="1 of its 2 scales are not numbers of f16"):
         convert(q, each, preset("W8A16"), "F16")
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which bytes are written is looked at here, not whether a disk has them."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture(scope="module")

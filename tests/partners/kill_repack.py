@@ -1,7 +1,8 @@
-"""As kill.py, of a repack: usage: kill_repack.py CHECKPOINT LAYOUT WORK points | random COUNT."""
+"""As kill.py, of a repack: usage: kill_repack.py CHECKPOINT LAYOUT WORK points [MOST] | random COUNT."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import kill
@@ -17,4 +18,6 @@ def run(out: Path) -> None:
 
 if __name__ == "__main__":
     kill.run = run
+    os.fsync = lambda fd: None  # what a killed process wrote is in the page cache, and stays
+    run(kill.WORK / "first")  # here: what it imports is then there for every victim
     kill.main()

@@ -276,7 +276,7 @@ def demo(
 
 def main() -> None:
     """The console script."""
-    ending.run(lambda: app(standalone_mode=False))
+    ending.run(lambda: app(prog_name="quantpub", standalone_mode=False))
 
 
 if __name__ == "__main__":

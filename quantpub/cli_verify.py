@@ -24,9 +24,7 @@ def verify(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch the weights of a Hub id, and check them too.")
     ] = False,
-    tp: Annotated[
-        int | None, typer.Option("--tp", min=1, help="So many GPUs must be able to share it: 1, 2, 4 or 8.")
-    ] = None,
+    tp: Annotated[int | None, typer.Option("--tp", help="So many GPUs must be able to share it: 1, 2, 4 or 8.")] = None,
     engine: Annotated[
         str | None, typer.Option(help="Also load it in this engine: vllm, transformers or sglang.")
     ] = None,
@@ -37,9 +35,10 @@ def verify(
     json: JsonOpt = False,
 ) -> None:
     """Check names, bytes, shapes, config, scales and values; with --engine, load it there and compare with its base."""
-    _require(engine, engine_python)
+    _require(engine, engine_python, tp)
     from quantpub.opened import Opened
     from quantpub.show import show_checks
+    from quantpub.verify.kept import NOT_KEPT
     from quantpub.verify.run import failures, remedy
     from quantpub.verify.run import verify as run
 
@@ -57,17 +56,30 @@ def verify(
         evidence = run(opened, source, advance, weights=weights, tp=tp, engine=load if engine else None)
     if isinstance(opened, Opened):
         evidence = {"checkpoint": opened.held.source.identity(), **evidence}
-    ok = evidence["verdict"] != "failed"
-    out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=ok)
-    if failed := failures(evidence):
-        raise GateError(
-            failed, where=checkpoint, next=remedy(evidence) or "do not publish it; see the engine's warnings"
-        )
+    failed = failures(evidence)
+    out.result(evidence, lambda: show_checks(out, evidence), quiet=evidence["verdict"], ok=failed is None)
+    if why := evidence.get(NOT_KEPT):
+        out.talk(why)
+    if failed:
+        raise GateError(failed, where=checkpoint, next=remedy(evidence) or "do not publish it")
 
 
-def _require(engine: str | None, python: str | None) -> None:
+def _require(engine: str | None, python: str | None, tp: int | None) -> None:
+    """Before anything is read. Errors: UsageError."""
+    from quantpub.tp_cut import TP_SIZES
+
+    if tp is not None and tp not in TP_SIZES:
+        raise UsageError(f"no engine shares a model among {tp} GPUs", where="--tp", next=f"known: {_listed(TP_SIZES)}")
     if python and not engine:
         raise UsageError("--engine-python goes with --engine", next="name the engine, as --engine vllm")
+    if engine:
+        from quantpub.engines.canary import require
+
+        require(engine, python)
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def _opened(checkpoint: str, revision: str | None, whole: bool) -> Artifact | Opened:

@@ -35,16 +35,22 @@ class Output:
     def reset(self) -> None:
         """As at the start of a command."""
         self.format, self._printed = "human", False
+        self._object: dict[str, Any] = {}
 
     def use(self, format: str) -> None:
         if format != "auto":
             self.format = format
 
     def result(self, value: dict[str, Any], human: Callable[[], Any], quiet: str, ok: bool = True) -> None:
-        """The command's result, in the chosen format. Once a command. ok: false when it ends with a failed gate."""
+        """The command's result, in the chosen format. Once a command.
+
+        ok: false when it ends with a failed gate: then the object waits for the error, which it is to hold too.
+        """
         self._printed = True
         if self.format == "json":
-            self._write(json.dumps({"ok": ok, **value}, allow_nan=False))
+            self._object = {"ok": ok, **value}
+            if ok:
+                self.finish()
         elif self.format == "quiet":
             self._write(quiet)
         else:
@@ -74,10 +80,17 @@ class Output:
             sys.stderr.write(text + "\n")
 
     def error(self, line: str, error: dict[str, object]) -> None:
-        """One line on stderr; with --json also the one object on stdout, unless a result was printed already."""
+        """One line on stderr; with --json also in the one object on stdout, unless that was printed already."""
         sys.stderr.write(f"error: {line}\n")
-        if self.format == "json" and not self._printed:
-            self._write(json.dumps({"ok": False, "error": error}))
+        if self.format == "json" and (self._object or not self._printed):
+            self._object = {"ok": False, **self._object, "error": error}
+            self.finish()
+
+    def finish(self) -> None:
+        """Print the object, where one waits."""
+        waiting, self._object = self._object, {}
+        if waiting:
+            self._write(json.dumps(waiting, allow_nan=False))
 
     def confirm(self, question: str) -> bool:
         if self.format != "human" or not sys.stdin.isatty():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantpub.engines.canary import Run, report
+from quantpub.engines.canary_faults import Expected
 from quantpub.engines.canary_figures import Unlike, coarse, divergence, figures, repeats, texts
 from quantpub.engines.canary_tokens import Tokens, canary_tokens
 from quantpub.errors import InputError
@@ -107,10 +108,8 @@ def test_a_sound_run_passes(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_used_are_named_and_no_fault(tmp_path: Path) -> None:
-    told = pair(tmp_path, reply(unexpected=["a.weight_global_scale", "b"]))
-    assert told["verdict"] == "passed" and told["reason"].endswith(
-        "; 2 of its tensors were not used: a.weight_global_scale"
-    )
+    told = pair(tmp_path, reply(unexpected=["mtp.q.weight", "mtp.q.weight_scale", "a.k_scale", "a.input_scale"]))
+    assert told["verdict"] == "passed" and told["reason"].endswith("; 4 of its tensors were not used: mtp.q.weight")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,8 @@ def test_the_limit_is_the_callers(tmp_path: Path) -> None:
     base = written(tmp_path / "base", torch.tensor([[0.5, 0.5]]))
     found = written(tmp_path / "found", torch.tensor([[0.25, 0.75]]))
     ids = Tokens(((0, 1),), (0,), "text")
-    verdicts = [report("vllm", Run(reply(), found), Run(reply(), base), ids, limit)["verdict"] for limit in (0.1, 0.2)]
+    runs = Run(reply(), found), Run(reply(), base), ids
+    verdicts = [report("vllm", *runs, Expected(limit))["verdict"] for limit in (0.1, 0.2)]
     assert verdicts == ["failed", "passed"]  # KL 0.144
 
 

@@ -1,23 +1,27 @@
 """The canary's whole way through a package `vllm` of a few lines, and the script for a GPU host on it.
 
 The stand-in has the names and calls of vLLM 0.25.1 that the probe uses, as they were read. It shows that a request gets there,
-that rows of logits are put in order and that findings come back; what vLLM itself computes, it cannot show.
+that rows of logits are put in order and that findings come back; what vLLM itself computes, it cannot show. The probe answers
+in this process; in one of its own another probe does in `test_canary`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from inside import inside
 
-from quantpub.engines.canary import canary
+from quantpub.engines.canary import Settings, canary
+from quantpub.engines.probe_vllm import ENVIRONMENT
 
 STUB = {
     "__init__.py": """
@@ -113,8 +117,8 @@ STUB = {
 
 
 @pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to make checkpoints in, beside a package `vllm` that every Python started from here finds."""
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to make checkpoints in, beside a package `vllm` that this Python finds, and every one started from here."""
     for name, text in STUB.items():
         path = tmp_path / "packages" / "vllm" / name
         for folder in (path.parent, *path.parent.parents):
@@ -123,7 +127,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 (folder / "__init__.py").touch()
         path.write_text(textwrap.dedent(text))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    return tmp_path
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # and back to what it was
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
 
 
 def checkpoint(folder: Path, **config: Any) -> Path:
@@ -132,10 +141,14 @@ def checkpoint(folder: Path, **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.slow
+def compared(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    with inside():
+        return canary("vllm", folder, base, python=sys.executable, settings=Settings(options={"device": "cpu"}))
+
+
 def test_the_whole_way_in_a_stand_in(stub: Path) -> None:
     base, same = checkpoint(stub / "base"), checkpoint(stub / "same")
-    told = canary("vllm", same, base, python=sys.executable)
+    told = compared(same, base)
     assert told["verdict"] == "passed" and told["kl"]["mean"] == 0 and told["kl"]["tokens"] == 4 * 31
     assert told["kl"]["over"] == "the whole vocabulary" and told["missing"] == {"count": 0, "names": []}
     assert (told["version"], told["device"], told["dtype"]) == ("0.25.1", "NVIDIA H200", "bfloat16")
@@ -145,48 +158,41 @@ def test_the_whole_way_in_a_stand_in(stub: Path) -> None:
     assert told["generated"]["tokens"] == told["generated"]["base"]["tokens"] != []
 
 
-@pytest.mark.slow
 def test_faults_in_a_stand_in(stub: Path) -> None:
     base = checkpoint(stub / "base")
-    wrong = canary("vllm", checkpoint(stub / "wrong", scale=0.1, lost=["head.weight"]), base, python=sys.executable)
+    wrong = compared(checkpoint(stub / "wrong", scale=0.1, lost=["head.weight"]), base)
     assert wrong["verdict"] == "failed" and "head.weight; KL" in wrong["reason"]
-    refused = canary(
-        "vllm", checkpoint(stub / "refused", raises="no kernel takes (/a/b/c)"), None, python=sys.executable
-    )
+    refused = compared(checkpoint(stub / "refused", raises="no kernel takes (/a/b/c)"))
     assert not refused["loaded"] and refused["error"] == "ValueError: no kernel takes (c)"
 
 
-@pytest.mark.slow
 def test_where_the_model_is_out_of_reach_the_most_likely_tokens_are_compared(stub: Path) -> None:
     base, found = checkpoint(stub / "base", hides=True), checkpoint(stub / "found", hides=True, scale=0.9)
-    told = canary("vllm", found, base, python=sys.executable)
+    told = compared(found, base)
     assert told["kl"]["over"] == "the most likely tokens, a lower bound" and 0 < told["kl"]["mean"] < 1
     assert told["top1_agreement"] == 1 and told["kernels"] == {} and told["missing"]["count"] == 0
     assert any("no whole rows of logits" in line for line in told["warnings"])
 
 
-@pytest.mark.slow
-def test_the_script_for_a_gpu_host_runs_every_checkpoint_beside_one_base(stub: Path) -> None:
+def test_the_script_for_a_gpu_host_runs_every_checkpoint_beside_one_base(
+    stub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (stub / "bin").mkdir()
     (stub / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200, 570.1'\n")
     (stub / "bin" / "nvidia-smi").chmod(0o755)
     base, same, bad = (
         checkpoint(stub / name, **more) for name, more in (("b", {}), ("s", {}), ("x", {"raises": "no"}))
     )
-    path = {"PATH": f"{stub / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": f"{stub / 'packages'}:{ROOT}"}
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "canary_gpu.py",
-        stub / "out.json",
-        base,
-        f"same={same}",
-        f"bad={bad}",
-    ]
-    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PATH", f"{stub / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = str(ROOT / "scripts" / "canary_gpu.py")
+    monkeypatch.setattr(sys, "argv", [script, str(stub / "out.json"), str(base), f"same={same}", f"bad={bad}"])
+    with inside() as ran:
+        runpy.run_path(script, run_name="__main__")
+    assert ran == [base, same, bad]
     found = json.loads((stub / "out.json").read_text())
     verdicts = {name: one["verdict"] for name, one in found["checkpoints"].items()}
     assert verdicts == {"base": "not compared", "same": "passed", "bad": "failed"}
     assert found["checkpoints"]["same"]["kernels"] == {"MacheteLinearKernel": {"modules": 1, "first": "head"}}
-    assert found["made_by"]["gpu"] == "NVIDIA H200" and "ValueError: no" in done.stderr
+    assert found["made_by"]["gpu"] == "NVIDIA H200" and "--- log of bad\nValueError: no" in capsys.readouterr().err
     assert len((stub / "out.jsonl").read_text().splitlines()) == 3 and str(stub) not in (stub / "out.json").read_text()

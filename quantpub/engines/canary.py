@@ -1,9 +1,10 @@
 """Does the checkpoint work in the real engine? It is loaded there, generates, and is compared with its base model there.
 
 Each checkpoint runs in a process of its own, in the engine's own interpreter, one after the other: `probe_<engine>.py`. The
-base's log-probabilities are the measure: a canary fails when the mean KL exceeds a limit that no sound 4-bit model comes near
-(a model of wrong scales is several nats away), when logits are not finite, when the engine left parameters as they were
-initialized, when the text is one token again and again, or when the checkpoint does not load. The text's length is a figure.
+base's log-probabilities are the measure: a canary fails when the mean KL exceeds what our own evaluation lets expect, when logits
+are not finite, when the engine left parameters as they were initialized, scales unused or every module as if it were not
+quantized, when the text is one token again and again, or when the checkpoint does not load (`canary_faults`). The text's length
+is a figure.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantpub.engines.canary_faults import Expected, faults, ignored_scales
 from quantpub.engines.canary_figures import Unlike, figures, repeats, texts
 from quantpub.engines.canary_tokens import Tokens, canary_tokens, has_tokenizer
 from quantpub.engines.elsewhere import LACKS, OPTION, PATIENCE, PROBE, command
@@ -28,10 +30,13 @@ from quantpub.errors import UnavailableError, UsageError
 
 ENGINES = ("vllm", "transformers", "sglang")
 NEEDS = ("torch", "safetensors")  # beside the engine itself
-MAX_KL = 1.0  # nats per token
 TIMEOUT = 1800.0  # seconds of one checkpoint: a large one is read from disk, and kernels are compiled
 GENERATE = 32
 KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ELSEWHERE = {  # what is not the checkpoint's fault
+    "memory": ("found too little memory", "free some of the device's memory and run it again"),
+    "install": ("lacks a package", "install what it names into the engine's environment, and run it again"),
+}
 SHOWN = 20  # names of missing tensors that are listed
 TOLD = (
     "version",
@@ -42,6 +47,8 @@ TOLD = (
     "kernels",
     "kernel_rows",
     "kernel_lines",
+    "quantizer",
+    "kind",
     "warnings",
     "finite",
 )
@@ -75,7 +82,7 @@ def canary(
     tokens: Tokens | None = None,
     python: str | None = None,
     *,
-    max_kl: float = MAX_KL,
+    expected: Expected | None = None,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Run `folder`, and `base` before it, in `engine`. python: its interpreter, None: this one. Returns plain data.
@@ -87,7 +94,7 @@ def canary(
     with tempfile.TemporaryDirectory(prefix="quantpub-canary-") as temporary:
         before = None if base is None else run(engine, base, tokens, Path(temporary, "base"), python, settings)
         found = run(engine, folder, tokens, Path(temporary, "checkpoint"), python, settings)
-        return report(engine, found, before, tokens, max_kl)
+        return report(engine, found, before, tokens, expected)
 
 
 def require(engine: str, python: str | None) -> None:
@@ -101,13 +108,17 @@ def require(engine: str, python: str | None) -> None:
         word, *missing = done.stdout.strip().rpartition("\n")[2].split() or [""]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = str(error.strerror or error).lower() if isinstance(error, OSError) else "it does not answer as one"
-        raise UsageError(f"not a Python that can be run: {why}", where=where, next=_ADVICE) from None
+        raise UsageError(f"not a Python that can be run: {why}", where=where, next=ADVICE) from None
     if word != LACKS or missing:
         why = f"that Python lacks {', '.join(missing)}" if word == LACKS else "it does not answer as a Python"
-        raise UsageError(why, where=where, next=_ADVICE)
+        raise UsageError(why, where=where, next=_install(missing) if word == LACKS else ADVICE)
 
 
-_ADVICE = "name the interpreter of the environment that the engine is installed in"
+ADVICE = f"name with {OPTION} the interpreter of the environment that the engine is installed in"
+
+
+def _install(missing: Sequence[str]) -> str:
+    return f"{ADVICE}, or install it there: pip install {' '.join(missing)}"
 
 
 def _env() -> dict[str, str]:
@@ -119,7 +130,7 @@ def run(
 ) -> Run:
     """Load one checkpoint in the engine; its log-probabilities are written below `out`, a folder that is made.
 
-    Errors: UnavailableError when it was killed, took too long or found too little memory.
+    Errors: UnavailableError when it was killed, took too long, found too little memory or lacks a package.
     """
     settings = settings or Settings()
     out.mkdir(parents=True)
@@ -135,9 +146,9 @@ def run(
     reply = _answer(
         command(python or sys.executable, f"quantpub.engines.probe_{engine}"), request, out, settings.timeout
     )
-    if reply.get("kind") == "memory":
-        advice = "free some of the device's memory and run it again"
-        raise UnavailableError(f"{engine} found too little memory: {reply['error']}", where=str(folder), next=advice)
+    if (kind := reply.get("kind")) in ELSEWHERE:
+        what, advice = ELSEWHERE[kind]
+        raise UnavailableError(f"{engine} {what}: {reply['error']}", where=str(folder), next=advice)
     return Run(reply, out)
 
 
@@ -150,7 +161,7 @@ def _answer(process: list[str], request: Mapping[str, Any], out: Path, timeout: 
         try:
             code = child.wait(timeout)
         except subprocess.TimeoutExpired:
-            advice = "give it more time, or a smaller checkpoint"
+            advice = "load it in the engine alone once: kernels that were compiled are kept; then run this again"
             raise UnavailableError(
                 f"the engine gave no answer within {timeout:g} s", where=request["folder"], next=advice
             ) from None
@@ -186,14 +197,20 @@ def _last_words(code: int, log: Path) -> str:
     return f"the engine {how} and no answer" + (f": {one_line(lines[-1])}" if lines else "")
 
 
-def report(engine: str, found: Run, base: Run | None, tokens: Tokens, max_kl: float = MAX_KL) -> dict[str, Any]:
-    """What one run comes to beside the base's: plain data with a verdict, passed, failed or not compared, and its reason."""
-    reply = found.reply
-    facts = {"engine": engine, "loaded": reply["loaded"], "ids": tokens.source, "max_kl": max_kl}
+def report(
+    engine: str, found: Run, base: Run | None, tokens: Tokens, expected: Expected | None = None
+) -> dict[str, Any]:
+    """What one run comes to beside the base's: plain data with a verdict, passed, failed or not compared, and its reason.
+
+    Where it failed, `next` says what to do about the first fault.
+    """
+    reply, expected = found.reply, expected or Expected()
+    facts = {"engine": engine, "loaded": reply["loaded"], "ids": tokens.source}
+    facts |= {"max_kl": expected.max_kl, "max_kl_is": expected.basis}
     facts |= {name: reply[name] for name in TOLD if name in reply}
     if found.error:
         facts["error"] = found.error
-    facts["missing"], facts["unexpected"] = _names(reply.get("missing")), _names(reply.get("unexpected"))
+    facts["missing"], facts["unexpected"] = _names(reply.get("missing")), _unused(reply.get("unexpected"))
     sound = base if base is not None and not base.error else None
     if "generated" in reply:
         facts["generated"] = texts(tokens.prompt, reply["generated"], sound.reply["generated"] if sound else None)
@@ -203,12 +220,17 @@ def report(engine: str, found: Run, base: Run | None, tokens: Tokens, max_kl: fl
             facts |= figures(sound.folder, found.folder, tokens.windows)
         except Unlike as error:
             why = str(error)
-    return facts | _verdict(facts, sound, tokens, why)
+    return facts | _verdict(facts, expected, _repeats(facts, sound, tokens), tokens, why)
 
 
 def _names(names: list[str] | None) -> dict[str, Any] | None:
     """None: the engine does not tell."""
     return None if names is None else {"count": len(names), "names": names[:SHOWN]}
+
+
+def _unused(names: list[str] | None) -> dict[str, Any] | None:
+    scales = ignored_scales(names or ())
+    return None if names is None else {**(_names(names) or {}), "scale_count": len(scales), "scales": scales[:SHOWN]}
 
 
 def _not_compared(base: Run | None, found: Run) -> str | None:
@@ -221,46 +243,29 @@ def _not_compared(base: Run | None, found: Run) -> str | None:
     return None if not found.error else "the checkpoint did not run to its end"
 
 
-def _verdict(facts: Mapping[str, Any], base: Run | None, tokens: Tokens, why: str | None) -> dict[str, str]:
-    faults, unused = _faults(facts, base, tokens), _unused(facts["unexpected"])
-    if faults:
-        return {"verdict": "failed", "reason": "; ".join(faults) + unused}
+def _verdict(
+    facts: Mapping[str, Any], expected: Expected, repeats: bool, tokens: Tokens, why: str | None
+) -> dict[str, str]:
+    found, rest = faults(facts, expected, repeats, tokens.is_text), _left(facts["unexpected"])
+    if found:
+        return {"verdict": "failed", "reason": "; ".join(fault.what for fault in found) + rest, "next": found[0].next}
     if why is not None:
-        return {"verdict": "not compared", "reason": f"it loads and generates; {why}{unused}"}
+        return {"verdict": "not compared", "reason": f"it loads and generates; {why}{rest}"}
     kl = facts["kl"]
     spread = "" if kl["stderr"] is None else f" ± {kl['stderr']:.5f}"
-    return {
-        "verdict": "passed",
-        "reason": f"KL {kl['mean']:.5f}{spread} is within {facts['max_kl']} nats per token{unused}",
-    }
+    said = f"KL {kl['mean']:.5f}{spread} is within {expected.max_kl:g} nats per token, {expected.basis}"
+    return {"verdict": "passed", "reason": said + rest}
 
 
-def _unused(unexpected: Mapping[str, Any] | None) -> str:
+def _left(unexpected: Mapping[str, Any] | None) -> str:
     """Not a fault by itself: a checkpoint may hold layers that the engine has no use for."""
-    if not unexpected or not unexpected["count"]:
+    if not unexpected or not unexpected["count"] or unexpected["scales"]:
         return ""
     return f"; {unexpected['count']} of its tensors were not used: {unexpected['names'][0]}"
 
 
-def _faults(facts: Mapping[str, Any], base: Run | None, tokens: Tokens) -> list[str]:
-    faults = []
-    if facts.get("error"):
-        faults.append(f"it {'does not run' if facts['loaded'] else 'does not load'}: {facts['error']}")
-    if (missing := facts["missing"]) and missing["count"]:
-        faults.append(f"{missing['count']} tensors are missing and were left as initialized: {missing['names'][0]}")
-    if facts.get("finite") is False:
-        faults.append("its logits are not finite")
-    elif fault := _excess(facts.get("kl"), facts["max_kl"]):
-        faults.append(fault)
-    if "generated" in facts and repeats(facts["generated"]["tokens"]):
-        usual = repeats(base.reply["generated"]["tokens"]) if base is not None else not tokens.is_text
-        faults += [] if usual else ["its text is one token again and again"]
-    return faults
-
-
-def _excess(kl: Mapping[str, Any] | None, limit: float) -> str | None:
-    if kl is None:
-        return None
-    if kl["mean"] is None:
-        return "KL is not finite: what the base expects, it holds impossible"
-    return f"KL {kl['mean']:.5f} exceeds {limit} nats per token" if kl["mean"] > limit else None
+def _repeats(facts: Mapping[str, Any], base: Run | None, tokens: Tokens) -> bool:
+    """One token again and again, where the base's continuation, or text, is none."""
+    if "generated" not in facts or not repeats(facts["generated"]["tokens"]):
+        return False
+    return not repeats(base.reply["generated"]["tokens"]) if base is not None else tokens.is_text

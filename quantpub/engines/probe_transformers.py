@@ -49,7 +49,10 @@ class Transformers:
             name: sorted({_name(key) for kind in kinds for key in self._info.get(kind) or ()})
             for name, kinds in TOLD.items()
         }
-        return {"kernels": kernels(self._model), "dtype": str(self._model.dtype).removeprefix("torch."), **told}
+        method = getattr(self._model, "hf_quantizer", None)
+        quantizer = None if method is None else type(method).__name__
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return {"kernels": kernels(self._model), "quantizer": quantizer, "dtype": dtype, **told}
 
     def _ids(self, ids: list[int]) -> Any:
         import torch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from quantpub.artifact import Artifact
 from quantpub.hygiene import CARD, bad_name, is_searched, secrets_in
 from quantpub.publish.headers import SUFFIX, header_problem, read_header
@@ -51,9 +54,20 @@ def failed_gates(artifact: Artifact) -> list[str]:
     """Every gate that the evidence says failed. What was not measured is stated on the card; what failed is not published."""
     found = []
     for name in ("verify.json", "profile.json", "eval.json"):
-        verdict = artifact.read_json(name).get("verdict") if artifact.has(name) else None
+        evidence = artifact.read_json(name) if artifact.has(name) else {}
+        verdict = evidence.get("verdict")
         gate = verdict.get("gate") if isinstance(verdict, dict) else verdict
         if gate == "failed":
-            reason = verdict.get("reason") if isinstance(verdict, dict) else "see its checks"
-            found.append(f"{name}: {reason}")
+            found.append(f"{name}: {verdict.get('reason') if isinstance(verdict, dict) else _first_failed(evidence)}")
     return found
+
+
+def _first_failed(evidence: Mapping[str, Any]) -> str:
+    """The first rule of `verify` that failed and what it saw, with the number of the others; else what the engine made of it."""
+    checks = evidence.get("checks") or []
+    bad = [f"{check['id']}: {check['detail']}" for check in checks if check.get("status") == "failed"]
+    seen = evidence.get("engine") or {}
+    bad += [f"in {seen['engine']}: {seen['reason']}"] if seen.get("verdict") == "failed" else []
+    if not bad:
+        return "see its checks"
+    return bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")

@@ -1,6 +1,7 @@
 """The check in the real engine: the checkpoint is loaded there, and its logits are compared with those of its base there.
 
-The engine needs files: of a checkpoint on the Hub they are fetched, where that was asked for.
+The engine needs files: of a checkpoint on the Hub they are fetched, where that was asked for. What the tables know that the
+engine does not load is said, and not tried: some engines load it without a word, and compute with codes as if they were weights.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from quantpub.artifact import Artifact
-from quantpub.engines.canary import MAX_KL, canary
-from quantpub.errors import UsageError
+from quantpub.decode import Decoder
+from quantpub.engines.canary import canary
+from quantpub.engines.canary_faults import FACTOR, LOOSE, NOISE, Expected
+from quantpub.errors import QuantpubError, UsageError
+from quantpub.files import sha256_json
+from quantpub.gemms import EXPERT
 from quantpub.opened import Opened
 from quantpub.sources import LocalSource, Source, open_source
+from quantpub.targets import TARGETS, unloadable
+
+NOT_ESTABLISHED = "not established"  # what `unloadable` says of a layout that nobody has read the engine for
+TIMES = ("seconds", "load_seconds")  # evidence is the same each time
+Kinds = set[tuple[str, str, bool]]  # layout, scheme, whether of experts
 
 
 def in_engine(
@@ -20,18 +30,78 @@ def in_engine(
 ) -> dict[str, Any]:
     """What the engine made of it, plain data with a verdict. source: the base, None: it is only loaded and run.
 
-    Of one of ours the limit of the KL is its recipe's gate, three times over: a canary is a few hundred tokens, and looks for
-    weights that are wrong, not for those that are worse. Errors: UsageError, UnavailableError.
+    Errors: UsageError, UnavailableError.
     """
+    decoder = _decoder(checkpoint)
+    if decoder is not None and (refusal := refused(engine, kinds(decoder))):
+        return refusal
     folder = _folder(checkpoint, download)
     base = None if source is None else _fetched(open_source(source, None))
-    return canary(engine, folder, base, python=python, max_kl=_limit(checkpoint))
+    found = canary(engine, folder, base, python=python, expected=expected(checkpoint, decoder))
+    return {name: value for name, value in found.items() if name not in TIMES}
 
 
-def _limit(checkpoint: Artifact | Opened) -> float:
+def _decoder(checkpoint: Artifact | Opened) -> Decoder | None:
+    """None where it is of a kind that is not read."""
+    try:
+        return Decoder(checkpoint) if isinstance(checkpoint, Artifact) else checkpoint.decoder
+    except QuantpubError:
+        return None
+
+
+def kinds(decoder: Decoder) -> Kinds:
+    """What its quantized modules are."""
+    treated = ((name, decoder.treated(name)) for name, _ in decoder.modules())
+    return {(t.layout.name, t.scheme.name, EXPERT.search(f"{name}.") is not None) for name, t in treated}
+
+
+def refused(engine: str, found: Kinds) -> dict[str, Any] | None:
+    """What `in_engine` says where the tables know that the engine does not load one of these, or None."""
+    if engine not in TARGETS:
+        return None
+    reasons = {kind: unloadable(engine, *kind) for kind in sorted(found)}
+    known = {kind: why for kind, why in reasons.items() if why and why != NOT_ESTABLISHED}
+    if not known:
+        return None
+    (layout, _, experts), why = next(iter(known.items()))
+    others = [name for name in TARGETS if not any(unloadable(name, *kind) for kind in found)]
+    advice = f"it is loaded by {', '.join(others)}; or repack it" if others else "repack it"
+    return {
+        "engine": engine,
+        "loaded": False,
+        "ran": False,
+        "verdict": "failed",
+        "reason": f"{layout}{' of experts' if experts else ''} is not loaded there, and was not tried: {why}",
+        "next": f"{advice} into a layout that {engine} loads (`quantpub list engines`)",
+    }
+
+
+def expected(checkpoint: Artifact | Opened, decoder: Decoder | None) -> Expected:
+    """The limit of the KL: by our own evaluation of these bytes, else by the recipe's gate three times over, else absolute.
+
+    A canary is a few hundred tokens, and looks for weights that are wrong, not for those that are worse.
+    """
+    quantized = None if decoder is None else bool(decoder.modules())
     artifact = checkpoint if isinstance(checkpoint, Artifact) else checkpoint.artifact
-    gate = artifact.recipe().gate.max_kl if artifact else None
-    return MAX_KL if gate is None else max(3 * gate, 0.2)
+    if artifact is not None and (measured := _evaluated(artifact)) is not None:
+        basis = f"{FACTOR:g} times the {measured:.5f} of its evaluation and {NOISE:g}"
+        return Expected(round(FACTOR * measured + NOISE, 5), basis, quantized)
+    gate = artifact.recipe().gate.max_kl if artifact is not None else None
+    if gate is not None:
+        return Expected(max(3 * gate, 0.2), f"three times its recipe's gate of {gate:g}, or 0.2", quantized)
+    if decoder is None:
+        return Expected(LOOSE, "the limit of a format that is not read, which may be of two bits")
+    return Expected(quantized=quantized)
+
+
+def _evaluated(artifact: Artifact) -> float | None:
+    """The KL of stage `eval`, where it was measured on the weights that are there."""
+    if not artifact.has("eval.json"):
+        return None
+    found = artifact.read_json("eval.json", ("kl",))
+    own = sha256_json(artifact.journal())
+    mean = found["kl"].get("mean") if found.get("weights_sha256", own) == own else None
+    return mean if isinstance(mean, float) else None
 
 
 def _folder(checkpoint: Artifact | Opened, download: bool) -> Path:

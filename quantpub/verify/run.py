@@ -16,6 +16,7 @@ from quantpub.opened import Opened
 from quantpub.registry import load
 from quantpub.verify import CHECKS, RULES
 from quantpub.verify.base import FAILED, PASSED, SKIPPED, Finding, Subject, failed, skipped
+from quantpub.verify.kept import keep
 from quantpub.verify.source import source_parts
 
 LOCAL = re.compile(r"(?<![\w.~/-])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # an absolute path, and its last part
@@ -33,9 +34,10 @@ def verify(
 ) -> dict[str, Any]:
     """Run all rules, with `source` (a folder or Hub id) those that compare with it too. Returns the evidence.
 
-    checkpoint: ours in a folder, where the evidence is written to; or anything opened. weights: whether whole weights may be
-    read, as of one on the Hub. tp: GPUs that it must be cut for. engine: runs it in an engine, once the rules have passed,
-    and says what it saw (`verify.engine`). A Hub source is read at the commit that run.json names.
+    checkpoint: ours in a folder, where the evidence is written to unless what is there says more (`kept`); or anything
+    opened. weights: whether whole weights may be read, as of one on the Hub. tp: GPUs that it must be cut for. engine: runs
+    it in an engine, once the rules have passed, and says what it saw (`verify.engine`). A Hub source is read at the commit
+    that run.json names.
     Errors: InputError when the source is another model.
     """
     if isinstance(checkpoint, Opened) and checkpoint.artifact is None:
@@ -52,9 +54,7 @@ def verify(
     if engine is not None and evidence["verdict"] != "failed":
         evidence["engine"] = engine()
         evidence["verdict"] = "failed" if evidence["engine"]["verdict"] == "failed" else evidence["verdict"]
-    if isinstance(checkpoint, Artifact):
-        _keep(checkpoint, evidence)
-    return evidence
+    return keep(checkpoint, evidence, tp) if isinstance(checkpoint, Artifact) else evidence
 
 
 def judge(subject: Subject) -> dict[str, Finding]:
@@ -69,13 +69,6 @@ def judge(subject: Subject) -> dict[str, Finding]:
         else:
             findings[name] = skipped(f"not looked at: {lacking[0]}") if "readable" in lacking else _judge(name, subject)
     return findings
-
-
-def _keep(artifact: Artifact, evidence: dict[str, Any]) -> None:
-    artifact.write_evidence("verify.json", evidence)
-    statuses = [check["status"] for check in evidence["checks"]]
-    counts = {status: statuses.count(status) for status in ("passed", "failed", "skipped")}
-    artifact.record("verify", {"verdict": evidence["verdict"], **counts})
 
 
 def _judge(name: str, subject: Subject) -> Finding:
@@ -141,7 +134,8 @@ def _require_same_model(subject: Subject, source: str) -> None:
 
 def remedy(evidence: dict[str, Any]) -> str | None:
     """What to do about the first failed check."""
-    return next((CHECKS[check["id"]].next for check in evidence["checks"] if check["status"] == FAILED), None)
+    found = (str(c.get("next", CHECKS[c["id"]].next)) for c in evidence["checks"] if c["status"] == FAILED)
+    return next(found, evidence.get("engine", {}).get("next"))
 
 
 def failures(evidence: dict[str, Any]) -> str | None:

@@ -53,6 +53,7 @@ FLOORS = {
         "conversions",
         "relay",
         "repacking",
+        "repack_recipe",
         "gemms",
         "experts",
         "advice",

@@ -100,6 +100,7 @@ def test_codes_are_those_of_the_definition(scheme: Scheme, order: str, damp: flo
     assert float(error.sum()) == pytest.approx(lost(w, values, damped), rel=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 5),
@@ -158,6 +159,7 @@ def _eager(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return faulty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [_half_again, _own_columns_only, _eager])
 def test_a_fault_that_still_beats_rounding_is_seen(
     fault: Callable[..., Callable[..., torch.Tensor]], monkeypatch: pytest.MonkeyPatch

@@ -153,8 +153,16 @@ def test_spilled_to_disk_it_finds_the_same(cache: Path, ids: Path, monkeypatch: 
     assert not [name for name in tree(cache) if "hidden" in name]
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "record"])
+@pytest.mark.parametrize(
+    ("damage", "spilled"),
+    [
+        ("flipped", False),
+        pytest.param("flipped", True, marks=pytest.mark.slow),
+        pytest.param("cut", False, marks=pytest.mark.slow),
+        pytest.param("gone", True, marks=pytest.mark.slow),
+        ("record", False),
+    ],
+)
 def test_what_was_damaged_is_recognised_and_made_again(
     damage: str, spilled: bool, cache: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def some_rows(y_MN: torch.Tensor, x_MK: torch.Tensor, w_NK: torch.Tensor) -> Non
     y_MN[100:700] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, last_rows, every_64th, one_group, some_rows])
 @pytest.mark.parametrize("num", ["fp8_e4m3", "fp4_e2m1"])
 def test_a_fault_of_more_tokens_is_caught(num: str, fault: Callable[..., None] | None) -> None:

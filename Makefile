@@ -5,6 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := .venv/installed
 CT_NEWEST := .venv/ct-newest
+# Two processes, a file of tests in one of them: most tests use one core
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: venv demo test test-fast lint clean
 
@@ -23,10 +25,10 @@ demo: $(STAMP)
 	$(BIN)/quantpub demo -o demo-out
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

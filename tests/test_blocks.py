@@ -126,8 +126,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     tall, flat = rows.repeat(112, 1), rows.repeat(64, 1).view(4096, 4096).repeat(1, 2)[:, :7168].contiguous()
     at = "model.layers.{}.mlp."
-    tensors = {at.format(i) + f"{name}_proj.weight": tall.clone() for i in range(2) for name in ("gate", "up")}
-    tensors |= {at.format(i) + "down_proj.weight": flat.clone() for i in range(2)}
+    tensors = {at.format(0) + f"{name}_proj.weight": tall.clone() for name in ("gate", "up")}
+    tensors |= {at.format(0) + "down_proj.weight": flat.clone()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder

@@ -125,6 +125,7 @@ engines: {vllm: ct-pack}
 """
 
 
+@pytest.mark.slow
 def test_experts_beside_gptq_share_their_scale_of_inputs(cache: Path, tmp_path: Path) -> None:
     """Engines keep one for gate and up of all experts of a layer, and one for down, whoever found what it is made of."""
     wide = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64}
@@ -213,6 +214,7 @@ def test_layers_that_are_whole_but_of_another_record_are_not_taken(tmp_path: Pat
     assert len(store.finished()) == 2 and store.whole() is None
 
 
+@pytest.mark.slow
 def test_evidence_of_statistics_and_of_solutions_stand_side_by_side(cache: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "both.yaml"
     recipe.write_text(

@@ -157,6 +157,7 @@ def on_gpu() -> set[Key]:
     return set().union(*(fields_in(one) for one in (*map(committed, GPU_FILES), *rare)))
 
 
+@pytest.mark.slow
 def test_what_both_devices_have_is_marked_so(on_cpu: set[Key], on_gpu: set[Key]) -> None:
     both = {field for field, about in documented().items() if about.on == "both"}
     names = {".".join(field) for field in both}

@@ -111,7 +111,7 @@ class Destination:
             if shard in self.plan.shards
             and (path / shard).is_file()
             and sha256_file(path / shard) == entry["sha256"]
-            and entry["source_sha256"] == self.plan.checkpoint.source.sha256(shard)
+            and entry["source_sha256"] in self.plan.source_digests(shard)
             and (shared is None or entry.get("shared") == shared)
         }
 
@@ -240,6 +240,8 @@ class Destination:
             )
             raise UnavailableError(what, where=self.plan.checkpoint.source.label, next=advice)
         entries = self.artifact.journal_entries()
+        if self.plan.unsealed:
+            entries = {s: line | {"source_sha256": self.plan.source_digests(s)[-1]} for s, line in entries.items()}
         self._write_journal(entries)
         for name in self.plan.checkpoint.companions:
             self.artifact.write(name, self.plan.checkpoint.source.read(name))

@@ -144,6 +144,20 @@ class Plan:
         data = [self.calibration] if self.calibration else []
         return sha256_json([weights, companions, config, self.recipe.digest(), self.layout.name, *data])
 
+    @property
+    def unsealed(self) -> bool:
+        """Whether nothing states what its source's shards were: another tool's checkpoint in a folder, which is repacked."""
+        return self.origin is not None and "weights" not in self.origin and self.origin["kind"] == "local"
+
+    def source_digests(self, shard: str) -> tuple[str, ...]:
+        """What a journal may say of a source shard that is as it was: the sha256 of the whole file, read now.
+
+        Where nothing states that, hashing would only cost: while it runs, the file's state stands for it; in the finished
+        journal its fingerprint, the same of every copy.
+        """
+        source = self.checkpoint.source
+        return (source.state(shard), source.fingerprint(shard)) if self.unsealed else (source.sha256(shard),)
+
     def as_jsonl(self) -> bytes:
         return "".join(json.dumps(action.as_json()) + "\n" for action in self.actions).encode()
 

@@ -19,6 +19,7 @@ from quantpub.scheme import Scheme
 from quantpub.shards import DTYPES
 
 BLOCK = 1 << 22  # codes worked on at a time: fewer, and threads wait for one another; more, and they leave the cache
+IN_WORDS = 16  # times as many where words are handed over: they are only turned
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ def relay(
     rows = _rows(shape, *cuts)
     if rows is None or cuts[0] is None or cuts[1] is None:
         return _made(before.layout.unpack(found, before.scheme, shape), after, through)
+    if not converts and _in_words(before, after):
+        return _handed_over(found, before, after, shape, spec, through)
     made = {suffix: torch.empty(size, dtype=DTYPES[dtype]) for suffix, (dtype, size) in spec.items()}
     for start, stop in _blocks(shape[0], rows):
         part = {suffix: _part(tensor, cuts[0], suffix, start, stop) for suffix, tensor in found.items()}
-        size = (stop - start, shape[1])
-        if not converts and _in_words(before, after):
-            tensors = _handed_over(part, before, after, size, through)
-        else:
-            tensors = _made(before.layout.unpack(part, before.scheme, size), after, through)
+        tensors = _made(before.layout.unpack(part, before.scheme, (stop - start, shape[1])), after, through)
         for suffix, tensor in tensors.items():
             _part(made[suffix], cuts[1], suffix, start, stop).copy_(tensor)
     if "weight_shape" in made:
@@ -66,12 +65,12 @@ def relay(
     return made
 
 
-def _rows(shape: tuple[int, int], *cuts: Cut | None) -> int | None:
+def _rows(shape: tuple[int, int], *cuts: Cut | None, block: int | None = None) -> int | None:
     """Rows of a block; None: the weight goes through whole."""
     if any(cut is None for cut in cuts):
         return None
     least = math.lcm(*(cut.rows for cut in cuts if cut is not None))
-    return None if shape[0] % least else max(1, BLOCK // (shape[1] * least)) * least
+    return None if shape[0] % least else max(1, (block or BLOCK) // (shape[1] * least)) * least
 
 
 def _blocks(n: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -94,21 +93,34 @@ def _made(q: QTensor, after: Side, through: Callable[[QTensor], QTensor]) -> Ten
 
 
 def _handed_over(
-    part: Tensors, before: Side, after: Side, shape: tuple[int, int], through: Callable[[QTensor], QTensor]
+    found: Tensors,
+    before: Side,
+    after: Side,
+    shape: tuple[int, int],
+    spec: Spec,
+    through: Callable[[QTensor], QTensor],
 ) -> Tensors:
-    """A block whose codes stay in their words: what is unpacked and packed has codes that are not there (device meta)."""
+    """Codes stay in their words, block by block: what is unpacked and packed has codes that are not there (device meta)."""
     taken, given = before.layout.words, after.layout.words
-    assert taken is not None and given is not None
-    words = taken.take(part[taken.suffix], shape)
-    q = through(before.layout.unpack(part | {taken.suffix: part[taken.suffix].to("meta")}, before.scheme, shape))
-    tensors = after.layout.pack(q)
-    back = after.layout.unpack(tensors, after.scheme, shape)
-    tensors[given.suffix] = given.give(words, shape)
-    if not torch.equal(given.take(tensors[given.suffix], shape), words):
-        raise Unlike
+    cuts = before.layout.cut(before.scheme), after.layout.cut(after.scheme)
+    rows = _rows(shape, *cuts, block=IN_WORDS * BLOCK)
+    assert taken is not None and given is not None and rows and cuts[0] is not None and cuts[1] is not None
+    absent = found | {taken.suffix: found[taken.suffix].to("meta")}
+    q = through(before.layout.unpack(absent, before.scheme, shape))
+    made = after.layout.pack(q)
+    back = after.layout.unpack(made, after.scheme, shape)
     if not all(same_bits(getattr(back, name), getattr(q, name)) for name in ("scale", "zero")):
         raise Unlike
-    return tensors
+    dtype, size = spec[given.suffix]
+    made[given.suffix] = torch.empty(size, dtype=DTYPES[dtype])
+    for start, stop in _blocks(shape[0], rows):
+        block = (stop - start, shape[1])
+        words = taken.take(_part(found[taken.suffix], cuts[0], taken.suffix, start, stop), block).contiguous()
+        into = _part(made[given.suffix], cuts[1], given.suffix, start, stop)
+        into.copy_(given.give(words, block))
+        if not torch.equal(given.take(into, block).contiguous(), words):
+            raise Unlike
+    return made
 
 
 def _in_words(before: Side, after: Side) -> bool:

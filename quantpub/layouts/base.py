@@ -40,7 +40,7 @@ def as_stored(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def turned(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    return words.T.contiguous()
+    return words.T
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RowWords:
     """Where a layout keeps int4 codes, and how that stands to words along the rows: int32 [N, K/8], column c of a word in bits
     4c … 4c+3 as code + 8. Two layouts that both know this can hand codes over without taking words apart.
 
-    take(the tensor of `suffix`, (n, k)) → words; give(words, (n, k)) → the tensor.
+    take(the tensor of `suffix`, (n, k)) → words; give(words, (n, k)) → the tensor. Either may be a view.
     """
 
     suffix: str

@@ -20,6 +20,15 @@ from quantpub.shards import TensorInfo
 from quantpub.sources import Header, Source, open_source
 
 SUFFIX = ".safetensors"
+PICKLES = ("pickles, which can run code when they are opened", "convert them to safetensors first")
+# Weights in other files, which are not read here → what they are, and what to do
+OTHERS = {
+    ".gguf": ("GGUF, llama.cpp's format", "name the checkpoint in Hugging Face form that it was made from"),
+    ".bin": PICKLES,
+    ".pt": PICKLES,
+    ".pth": PICKLES,
+    ".onnx": ("ONNX graphs", "name the checkpoint in Hugging Face form that they were made from"),
+}
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -93,13 +102,11 @@ def open_held(model: str, revision: str | None = None, whole: bool = True) -> He
     Errors: InputError when there is no config.json or no weights; AuthError, UnavailableError.
     """
     source = open_source(model, revision, whole)
-    config = read_config(source)
-    index, problems = _index(source)
     names = sorted({name for name in source.files if name.endswith(SUFFIX) and "/" not in name})
     if not names:
-        raise InputError(
-            "there are no safetensors files", where=source.label, next="name a folder or repo that holds weights"
-        )
+        raise _without_shards(source)
+    config = read_config(source)
+    index, problems = _index(source)
     headers: dict[str, Header] = {}
     for name in names:
         try:
@@ -109,6 +116,15 @@ def open_held(model: str, revision: str | None = None, whole: bool = True) -> He
                 raise
             problems.append(f"{name}: {error.what}")
     return Held(source, config, headers, (*problems, *_of_index(index, headers, INDEX in source.files)))
+
+
+def _without_shards(source: Source) -> InputError:
+    for suffix, (kind, advice) in OTHERS.items():
+        if found := next((name for name in source.files if name.endswith(suffix)), None):
+            return InputError(f"{found}: its weights are {kind}", where=source.label, next=advice)
+    return InputError(
+        "there are no safetensors files", where=source.label, next="name a folder or repo that holds weights"
+    )
 
 
 def _index(source: Source) -> tuple[dict[str, str], list[str]]:

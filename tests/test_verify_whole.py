@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from quantpub.errors import InputError
+from quantpub.held import open_held
 from quantpub.verify.language import NORMS, language, lost_norms
 from quantpub.verify.source import _beside
 from quantpub.verify.whole import wrong_sizes
@@ -73,3 +76,13 @@ def test_what_is_said_of_the_files_beside_a_stranger_s_weights() -> None:
     assert _beside(subject, ["tokenizer.json", "vocab.txt"]) == f"{said}: vocab.txt missing"
     assert _beside(subject, ["a.json", "b.json", "c.json"]) == f"{said}: a.json and 2 more missing"
     assert _beside(cast(Any, SimpleNamespace(quantized_here=True)), ["a.json"]) == ", 1 files beside them"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("model-Q4_K_M.gguf", "GGUF, llama.cpp's format"), ("pytorch_model.bin", "pickles"), ("a.txt", "no safetensors")],
+)
+def test_weights_in_other_files_are_named(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=says):
+        open_held(str(tmp_path))

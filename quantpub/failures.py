@@ -106,7 +106,7 @@ FAILURES: dict[int, Failure] = {
         "look at the memory that the plan states; shards are written as they are made, and a rerun goes on behind them",
         (
             "test_cli::test_the_plans_figures_are_those_of_the_run",
-            "test_resume::test_killed_at_every_kind_of_write_point",
+            "test_resume::test_killed_at_every_write_point",
         ),
         unseen="a finished checkpoint does not tell what making it took",
     ),

@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from quantpub.hub import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "demo" / "pycode-tiny-2m"
@@ -166,3 +169,29 @@ def save_llama(folder: Path, shards: int = 3, seed: int = 0) -> Path:
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "LICENSE").write_text("a licence\n")
     return folder
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which bytes are written is looked at here, not whether a disk has them."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A w4a16 artifact of three shards. Read only."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return make_artifact(save_llama(folder / "model"), "w4a16-rtn", folder / "artifact")
+
+
+def use_hub(hub: LoopbackHub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process, which reads its environment once, speak to that Hub."""
+    constants = "huggingface_hub.constants."
+    patch.setattr(constants + "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants + "HF_HUB_CACHE", str(cache))
+    for name, value in {"DISABLE_XET": True, "DISABLE_TELEMETRY": True, "OFFLINE": False}.items():
+        patch.setattr(constants + "HF_HUB_" + name, value)
+    patch.setenv("HF_TOKEN", hub.token)
+    patch.setenv("NO_PROXY", "127.0.0.1,localhost")

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,13 @@ from quantpub import __version__
 
 
 def test_help_is_fast() -> None:
-    """Best of five: the machine may be busy, the code may not. Of a slow machine, as many starts of a bare interpreter."""
-
-    def started(command: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        command()
-        return time.perf_counter() - began
-
-    bare = [sys.executable, "-S", "-c", "pass"]
-    helps = min(started(lambda: spawn_cli("--help").code == 0 or pytest.fail("no help")) for _ in range(5))
-    assert helps < max(0.3, 15 * min(started(lambda: subprocess.run(bare, check=True)) for _ in range(5)))
+    """Best of ten: the machine may be busy, the code may not."""
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        assert spawn_cli("--help").code == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.3
 
 
 def test_version_and_help_name_every_command() -> None:

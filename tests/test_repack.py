@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from quantpub.pairs import CONVERSIONS, HOLDS, clause, conversions_table, conver
 from quantpub.registry import load
 from quantpub.scheme import PRESETS, SUMMARIES
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 BIG = 1024 * 128  # columns that every group size divides
 CALIBRATED = ("FP8", "NVFP4")
 GROUPS = {"W4A16": (-1, 32, 64, 128), "W4A16_ASYM": (-1, 32, 64, 128), "W8A16": (-1, 32, 128)}
@@ -24,12 +25,6 @@ GROUPS = {"W4A16": (-1, 32, 64, 128), "W4A16_ASYM": (-1, 32, 64, 128), "W8A16": 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wide(tmp_path_factory.mktemp("wide") / "model")
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are written is looked at here, not whether a disk has them."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def holders(scheme: str, group_size: int | None = None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from quantpub.pairs import CONVERSIONS, Conversion
 from quantpub.qtensor import E2M1, QTensor, code_values, dequantize
 from quantpub.repacking import make_repack
 from quantpub.scheme import preset
+
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 DTYPES = {"W4A16": (torch.float16, torch.float32), "W4A16_ASYM": (torch.float16, torch.bfloat16)}
 SIDES = st.tuples(st.integers(1, 9), st.integers(1, 3))
@@ -139,12 +140,6 @@ def test_scales_that_the_other_float_does_not_reach_are_refused() -> None:
     q = QTensor(preset("LLM_INT8"), torch.ones(2, 4, dtype=torch.int8), torch.tensor([[1e-9], [0.1]]))
     with pytest.raises(ValueError, match="1 of its 2 scales are not numbers of f16"):
         convert(q, each, preset("W8A16"), "F16")
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are written is looked at here, not whether a disk has them."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture(scope="module")

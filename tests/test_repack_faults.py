@@ -22,20 +22,9 @@ from safetensors.torch import load_file, save_file
 from quantpub.destination import Destination
 from quantpub.errors import InputError, UnavailableError
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are written is looked at here, not whether a disk has them."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A w4a16 artifact of three shards. Read only."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return make_artifact(save_llama(folder / "model"), "w4a16-rtn", folder / "artifact")
 
 
 @pytest.fixture
@@ -70,17 +59,16 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) ->
 
 
 @pytest.mark.slow
-def test_killed_at_each_kind_of_write_point_and_run_again_it_gives_the_same_bytes(tmp_path: Path) -> None:
-    """At the first and the last passage of each, and between; without the 3 at every one."""
+def test_killed_at_every_write_point_and_run_again_it_gives_the_same_bytes(tmp_path: Path) -> None:
     one = make_artifact(save_llama(tmp_path / "model", shards=2), "w4a16-rtn", tmp_path / "one")
     (tmp_path / "work").mkdir()
-    command = [ROOT / "tests/partners/kill_repack.py", one, "gptq", tmp_path / "work", "points", "3"]
+    command = [ROOT / "tests/partners/kill_repack.py", one, "gptq", tmp_path / "work", "points"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     killed = json.loads(done.stdout)["killed"]
     assert set(killed) == {"write", "rename", "renamed", "shard-open", "tensor", "journal", "journaled"}
-    assert killed["journal"] == 2 and killed["write"] == killed["tensor"] == 3
+    assert killed["journal"] == 2 and sum(killed.values()) > 100
 
 
 def test_a_full_disk_keeps_finished_shards(several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

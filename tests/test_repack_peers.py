@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from quantpub.decode import Decoder
 from quantpub.errors import InputError
 from quantpub.opened import open_quantized
 from quantpub.repacking import make_repack
+
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 MANIFEST: dict[str, dict[str, Any]] = json.loads((GOLDEN / "manifest.json").read_text())
 REFERENCES = load_file(GOLDEN / "references.safetensors")
@@ -47,12 +48,6 @@ HELD = {
 # ModelOpt multiplies scale and global scale first, in float32, and quantpub code and scale: products of three are not exact
 # where the global scale is no power of two. compressed-tensors' divisor costs up to half a place more
 ULPS = {"modelopt-nvfp4": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are written is looked at here, not whether a disk has them."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def layouts_of(name: str) -> tuple[str, ...]:

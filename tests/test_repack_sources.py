@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import DEMO_MODEL, make_artifact, run_cli, save_llama, tree
+from conftest import DEMO_MODEL, make_artifact, run_cli, tree
 from plants import one_scale
 from repacks import GOLDEN, again, weight_files
 from safetensors.torch import load_file, save_file
@@ -29,21 +29,10 @@ from quantpub.repack_proof import Sums
 from quantpub.repack_recipe import REPACKED
 from quantpub.sources import LocalSource
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 HALF = "torchao-int8-moe"  # its experts were left in bf16
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are written is looked at here, not whether a disk has them."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A w4a16 artifact of three shards. Read only."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return make_artifact(save_llama(folder / "model"), "w4a16-rtn", folder / "artifact")
 
 
 @pytest.fixture(scope="module")

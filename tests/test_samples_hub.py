@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DEMO_MODEL, DEMO_TEXT
+from conftest import DEMO_MODEL, DEMO_TEXT, use_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -51,15 +51,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as running:
-        constants = "huggingface_hub.constants."
-        monkeypatch.setattr(constants + "ENDPOINT", running.endpoint)
-        template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
-        for name, value in {"DISABLE_XET": True, "DISABLE_TELEMETRY": True, "OFFLINE": False}.items():
-            monkeypatch.setattr(constants + "HF_HUB_" + name, value)
-        monkeypatch.setenv("HF_TOKEN", running.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        use_hub(running, tmp_path / "cache", monkeypatch)
         running.add_repo(f"datasets/{REPO}", folder, tag="v1")
         yield running
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_MODEL, Ran, make_artifact, run_cli, save_llama, tree
+from conftest import DEMO_MODEL, Ran, make_artifact, run_cli, save_llama, tree, use_hub
 from huggingface_hub import HfApi, snapshot_download
 from inside import Answers, inside
 from safetensors.torch import load_file, save_file
@@ -78,15 +78,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def hub(tmp_path: Path, ours: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as running:
-        constants = "huggingface_hub.constants."
-        monkeypatch.setattr(constants + "ENDPOINT", running.endpoint)
-        template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
-        for name, value in {"DISABLE_XET": True, "DISABLE_TELEMETRY": True, "OFFLINE": False}.items():
-            monkeypatch.setattr(constants + "HF_HUB_" + name, value)
-        monkeypatch.setenv("HF_TOKEN", running.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        use_hub(running, tmp_path / "cache", monkeypatch)
         monkeypatch.setattr(ranges, "WAITS_S", (0.01, 0.01))
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits up to half a minute
         running.add_repo(OURS, ours, tag="v1")

@@ -1,7 +1,6 @@
 """Kill a quantizing process, finish it in another, compare the trees. Prints one JSON object.
 
-usage: kill.py MODEL RECIPE WORK points [MOST]     at every passage of every write point, by injection; of one that is passed
-                                                   more than MOST times at the first, the last, and some between
+usage: kill.py MODEL RECIPE WORK points            at every passage of every write point, by injection
        kill.py MODEL RECIPE WORK random COUNT      COUNT times at a random moment, from outside
 
 Each victim is forked from this process, which has imported torch but never used its threads (OMP_NUM_THREADS=1): a real
@@ -75,13 +74,6 @@ def finish(out: Path, expected: dict[str, bytes], when: str) -> None:
     shutil.rmtree(out)
 
 
-def chosen(passages: int, most: int) -> list[int]:
-    """Up to `most` of 1…passages, evenly, both ends among them."""
-    if passages <= most:
-        return list(range(1, passages + 1))
-    return sorted({1 + round(i * (passages - 1) / (most - 1)) for i in range(most)})
-
-
 def main() -> None:
     reference, counts = WORK / "reference", WORK / "counts.json"
     started = time.monotonic()
@@ -89,9 +81,8 @@ def main() -> None:
     duration = time.monotonic() - started
     expected, killed = tree(reference), Counter()
     if sys.argv[4] == "points":
-        most = int(sys.argv[5]) if len(sys.argv) > 5 else sys.maxsize
         for point, passages in json.loads(counts.read_text()).items():
-            for n in chosen(passages, most):
+            for n in range(1, passages + 1):
                 if not died(child(WORK / "out", f"{point}:{n}")):
                     raise SystemExit(f"{point}:{n} was not reached")
                 killed[point] += 1

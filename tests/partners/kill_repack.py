@@ -1,4 +1,4 @@
-"""As kill.py, of a repack: usage: kill_repack.py CHECKPOINT LAYOUT WORK points [MOST] | random COUNT."""
+"""As kill.py, of a repack: usage: kill_repack.py CHECKPOINT LAYOUT WORK points | random COUNT."""
 
 from __future__ import annotations
 

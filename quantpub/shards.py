@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,14 @@ class ShardWriter:
             self._open.discard(name)
 
     def commit(self) -> str:
-        """fsync, hash what the disk now holds, rename onto the final name. Returns the sha256."""
+        """fsync and hash side by side, for one waits for the disk; then rename onto the final name. Returns the sha256."""
         assert not self._open, f"unwritten tensors: {sorted(self._open)[:3]}"
         try:
-            os.fsync(self._fd)
+            with ThreadPoolExecutor(1) as hashing:
+                hashed = hashing.submit(sha256_file, self._draft)
+                os.fsync(self._fd)
+                digest = hashed.result()
             os.close(self._fd)
-            digest = sha256_file(self._draft)
             publish_file(self._draft, self.path)
         except OSError as error:
             raise disk_error(error, self.path) from error

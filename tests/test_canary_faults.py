@@ -91,7 +91,7 @@ def test_a_checkpoint_that_is_loaded_as_if_it_were_not_quantized_fails(
         (PLAIN, False),
         (PLAIN, None),
         ({"kernels": {"q": "MarlinLinearKernel", "head": "UnquantizedLinearMethod"}}, True),
-        ({"kernels": {}, "quantizer": "FineGrainedFP8HfQuantizer"}, True),  # dequantized as it was loaded
+        ({"kernels": {}, "quantizer": "fp8, dequantized"}, True),  # as it was loaded
         ({"kernels": {}}, True),  # out of reach
     ],
 )
@@ -169,10 +169,10 @@ def test_what_the_tables_know_is_said_and_not_tried() -> None:
     found = in_engine(opened, None, "transformers", "/nowhere/python")  # nothing is started
     assert (found["verdict"], found["loaded"], found["ran"]) == ("failed", False, False)
     assert found["reason"].startswith("modelopt-fp8 is not loaded there, and was not tried: transformers does not know")
-    assert "vllm" in found["next"] and kinds(opened.decoder) == {("modelopt-fp8", "FP8", False)}
-    assert refused("vllm", {("modelopt-fp8", "FP8", False)}) is None
-    assert refused("transformers", {("a layout that nobody has read of", "W4A16", False)}) is None
-    experts = refused("transformers", {("ct-nvfp4", "NVFP4A16", True)})
+    assert "vllm" in found["next"] and kinds(opened.decoder) == {("modelopt-fp8", "FP8", False, False)}
+    assert refused("vllm", {("modelopt-fp8", "FP8", False, False)}) is None
+    assert refused("transformers", {("a layout that nobody has read of", "W4A16", False, False)}) is None
+    experts = refused("transformers", {("ct-nvfp4", "NVFP4A16", True, False)})
     assert experts is not None and "ct-nvfp4 of experts" in experts["reason"] and set(TARGETS) >= {"transformers"}
 
 

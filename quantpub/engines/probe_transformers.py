@@ -40,6 +40,19 @@ def _format(scheme: Any) -> str:
     return str(getattr(given, "value", given) or "compressed-tensors")
 
 
+def quantizer(model: Any) -> str | None:
+    """Its class. A model that was dequantized as it was loaded has none left, so then the method, if transformers knows it."""
+    found = getattr(model, "hf_quantizer", None)
+    if found is not None:
+        return type(found).__name__
+    stated, _ = import_module("transformers").PretrainedConfig.get_config_dict(model.config.name_or_path)
+    given = stated.get("quantization_config") or {}
+    if not given.get("quant_method"):
+        return None
+    known = import_module("transformers.quantizers.auto").AutoHfQuantizer.supports_quant_method(given)
+    return f"{given['quant_method']}, dequantized" if known else None
+
+
 class Transformers:
     def __init__(self, model: Any, info: dict[str, Any], tokenizer: Any) -> None:
         self._model, self._info, self._tokenizer = model.eval(), info, tokenizer
@@ -49,10 +62,8 @@ class Transformers:
             name: sorted({_name(key) for kind in kinds for key in self._info.get(kind) or ()})
             for name, kinds in TOLD.items()
         }
-        method = getattr(self._model, "hf_quantizer", None)
-        quantizer = None if method is None else type(method).__name__
         dtype = str(self._model.dtype).removeprefix("torch.")
-        return {"kernels": kernels(self._model), "quantizer": quantizer, "dtype": dtype, **told}
+        return {"kernels": kernels(self._model), "quantizer": quantizer(self._model), "dtype": dtype, **told}
 
     def _ids(self, ids: list[int]) -> Any:
         import torch

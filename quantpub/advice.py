@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantpub.families import Family
-from quantpub.gemms import EXPERT, Shapes, fuse
+from quantpub.gemms import Shapes, fuse, is_expert
 from quantpub.hardware import GENERATIONS, TILES, misfit
 from quantpub.kernel_tables import expected
 from quantpub.measured import INT4_DEVICE, pays_up_to, table
@@ -40,7 +40,7 @@ class Weight:
 
     @property
     def expert(self) -> bool:
-        return EXPERT.search(self.module) is not None
+        return is_expert(self.module)
 
 
 def weights(shapes: Shapes, stored: Mapping[str, tuple[Scheme, str]], family: Family) -> list[Weight]:
@@ -67,10 +67,13 @@ def unmerged(shapes: Shapes, rows: Mapping[str, int], family: Family) -> str | N
     return None
 
 
-def refusal(engine: str, found: Sequence[Weight], apart: str | None) -> str | None:
-    """Why the engine cannot load a checkpoint of these weights, or None. apart: why none can that merges linears."""
+def refusal(engine: str, found: Sequence[Weight], apart: str | None, kept: bool = False) -> str | None:
+    """Why the engine cannot load a checkpoint of these weights, or None.
+
+    apart: why none can that merges linears. kept: there are experts that stay in high precision.
+    """
     target, kinds = TARGETS[engine], dict.fromkeys((w.layout, w.scheme.name, w.expert) for w in found)
-    reasons = [reason for kind in kinds if (reason := unloadable(engine, *kind))]
+    reasons = [reason for kind in kinds if (reason := unloadable(engine, *kind, kept))]
     if len({weight.scheme for weight in found}) > 1 and target.mixed:
         reasons.append(target.mixed)
     if apart and target.merges:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,17 @@ from quantpub.scheme import PRESETS, WHOLE
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 TOP_K = "num_experts_per_tok"
+
+
+def is_expert(module: str) -> bool:
+    """One of several, each a linear of its own."""
+    return EXPERT.search(f"{module}.") is not None
+
+
+def some_experts(names: Iterable[str]) -> bool:
+    """Of modules or tensors, those that are one parameter for all experts too."""
+    return any(".experts." in f"{name}." for name in names)
+
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (n, k)
 

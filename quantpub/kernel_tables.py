@@ -123,6 +123,8 @@ SEEN = (
     _repacked("fp8-dynamic-ct-float", "modelopt-fp8-channel", "FP8_DYNAMIC"),
     replace(_repacked("fp8-block-hf-fp8", "modelopt-fp8-block", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
     replace(_repacked("", "modelopt-fp8", "FP8"), checkpoint="fp8-static-kv-modelopt-fp8"),
+    replace(_repacked("", "torchao-nvfp4", "NVFP4A16"), checkpoint="nvfp4a16-torchao-nvfp4"),
+    replace(_repacked("", "bnb-int8", "LLM_INT8"), checkpoint="llm-int8-bnb-int8"),
     *_moe("w4a16", "ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("w4a16-asym", "ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("int8-dynamic", "ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),

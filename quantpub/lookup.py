@@ -106,13 +106,16 @@ def name_problems(
     unquantized: Collection[str],
     fused: Fused,
     model_type: str = "",
+    without: Collection[str] = (),
 ) -> list[str]:
     """One sentence for each way in which engines take modules for what their weights are not; alike layers share one.
 
     quantized: module → anything that is equal for equal schemes. unquantized: every other linear, router and head.
+    without: engines that are not asked.
     """
     modules = engine_modules([*quantized, *unquantized], fused)
-    looks = {engine: _lookup(engine, config, set(quantized)) for engine in readers(config)}
+    asked = [engine for engine in readers(config) if engine not in without]
+    looks = {engine: _lookup(engine, config, set(quantized)) for engine in asked}
     found = _Findings()
     for module in modules:
         if mixed := _mixed(module, quantized):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from quantpub import advice
 from quantpub.errors import InputError
-from quantpub.gemms import EXPERT
+from quantpub.gemms import is_expert, some_experts
 from quantpub.layouts.base import Layout
 from quantpub.recipe import Recipe
 from quantpub.targets import unloadable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def no_engine(module: str, treatment: Treatment, recipe: Recipe, chosen: Layout) -> str | None:
     """Why none of the engines in question would load the weight."""
-    experts = EXPERT.search(f"{module}.") is not None
+    experts = is_expert(module)
     names = advice.in_question(recipe.engines, chosen.name)
     reasons = [unloadable(engine, treatment.layout.name, treatment.scheme.name, experts) for engine in names]
     return reasons[0] if reasons and all(reasons) else None
@@ -34,7 +34,8 @@ def engines_of(plan: Plan) -> dict[str, str | None]:
     multiples = {module: t.layout.tp_multiple(t.scheme) or (1, 1) for module, t in treated.items()}
     apart = advice.unmerged(plan.shapes, {module: rows for module, (rows, _) in multiples.items()}, plan.family)
     names, found = advice.in_question(plan.recipe.engines, plan.layout.name), merged_weights(plan)
-    return {engine: advice.refusal(engine, found, apart) for engine in names}
+    kept = some_experts(action.module for action in plan.actions if action.treatment is None)
+    return {engine: advice.refusal(engine, found, apart, kept) for engine in names}
 
 
 def merged_weights(plan: Plan) -> list[advice.Weight]:

@@ -24,7 +24,7 @@ class Loads:
     """versions that load the layout. schemes: those it loads so, None for all that the layout holds.
 
     experts: why the linears of experts cannot be in this layout, None where nothing is known against it. experts_in: the
-    same of single schemes.
+    same of single schemes. kept: why experts cannot stay in high precision where other linears are in this layout.
     needs: packages that the engine does not bring along.
     """
 
@@ -34,6 +34,7 @@ class Loads:
     experts: str | None = None
     needs: tuple[str, ...] = ()
     experts_in: Mapping[str, str] = field(default_factory=dict)
+    kept: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Target:
 _VLLM = "0.25.1 – 0.33.0"
 _READ_VLLM = "read: 0.25.1 and 0.33.0"
 _CT_SGLANG = "read: SGLang 0.5.23, compressed_tensors.py"
+_GPTQ_SGLANG = "read: SGLang 0.5.23, gptq/gptq.py: symmetric only"
 _CT_TRT = "read: TensorRT-LLM models/quant_config_utils.py"
 _CT_HF = "read: quantizer_compressed_tensors.py; decompresses, and computes in the model's own dtype"
 _HF = "5.17 – 5.23"
@@ -74,7 +76,12 @@ _SGLANG_MODELOPT = "read: SGLang 0.5.23, modelopt_quant.py: as quant_algo of a w
 _MODELOPT_EXPERTS = "vLLM's ModelOpt loader knows FP8 experts with a scale a tensor only"
 _HF_TORCHAO_EXPERTS = "transformers leaves the experts of such a checkpoint uninitialised and only reports missing keys"
 _NOT_READ = "its PyTorch backend does not know this quant_method"
-
+_NO_METHOD = Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py")
+_NO_GPTQ = Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026")
+_VLLM_BNB = "vLLM's bitsandbytes loader refuses what is 8-bit on disk where the model has experts, quantized or not"
+_SGLANG_BNB = "SGLang's bitsandbytes loader wants a table of merged linears, and its models with experts have none"
+_SGLANG_GPTQ = "SGLang's GPTQ loader takes the experts of every such checkpoint for quantized"
+_UNPACKED = "transformers fails to convert the experts where they are not quantized and the rest is packed"
 _UNCONVERTED = "transformers fails to convert the experts of such a checkpoint when it loads it"
 
 TARGETS = {
@@ -121,7 +128,8 @@ TARGETS = {
             "bnb-int8": Loads(
                 "0.25.1 – 0.27; from 0.28 by vllm-bnb-plugin",
                 "read: vLLM 0.25.1, bitsandbytes_loader.py; vLLM pull request 43529 moved it out in 0.28",
-                experts="vLLM's bitsandbytes loader refuses experts that are 8-bit on disk",
+                experts=_VLLM_BNB,
+                kept=_VLLM_BNB,
                 needs=("bitsandbytes",),
             ),
         },
@@ -141,15 +149,15 @@ TARGETS = {
             "hf-fp8": Loads("0.5.23", "read: SGLang 0.5.23, fp8.py"),
             "modelopt-fp8": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", ("FP8",)),
             "modelopt-nvfp4": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", _BOTH_FP4),
-            "gptq": Loads("0.5.23", "read: SGLang 0.5.23, gptq/gptq.py: symmetric only", _SYMMETRIC),
-            "gptq-v2": Loads(
-                "0.5.23",
-                "read: SGLang 0.5.23, gptq/gptq.py: symmetric only, and read as version 1",
-                _SYMMETRIC,
-            ),
+            "gptq": Loads("0.5.23", "read: SGLang 0.5.23, gptq/gptq.py: symmetric only", _SYMMETRIC, kept=_SGLANG_GPTQ),
+            "gptq-v2": Loads("0.5.23", _GPTQ_SGLANG + ", and read as version 1", _SYMMETRIC, kept=_SGLANG_GPTQ),
             "awq": Loads("0.5.23", "read: SGLang 0.5.23, awq/awq.py"),
             "bnb-int8": Loads(
-                "0.5.23", "read: SGLang 0.5.23, model_loader/loader.py: one GPU only", needs=("bitsandbytes",)
+                "0.5.23",
+                "read: SGLang 0.5.23, model_loader/loader.py: one GPU only",
+                needs=("bitsandbytes",),
+                experts=_SGLANG_BNB,
+                kept=_SGLANG_BNB,
             ),
         },
         {
@@ -194,14 +202,14 @@ TARGETS = {
                 "read: TensorRT-LLM pull requests 16447 and 17726, open in mid-2026",
             ),
             "ct-mxfp4": Refuses("it reads the format of the activations, and weight-only MXFP4 has none", _CT_TRT),
-            "gptq": Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026"),
-            "gptq-v2": Refuses(_NOT_READ, "read: TensorRT-LLM pull request 19442, open in September 2026"),
+            "gptq": _NO_GPTQ,
+            "gptq-v2": _NO_GPTQ,
             "awq": Refuses(
                 _NOT_READ + "; of AWQ it reads ModelOpt's W4A16_AWQ", "read: TensorRT-LLM _torch/model_config.py"
             ),
-            "torchao-tile": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
-            "torchao-nvfp4": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
-            "bnb-int8": Refuses(_NOT_READ, "read: TensorRT-LLM _torch/model_config.py"),
+            "torchao-tile": _NO_METHOD,
+            "torchao-nvfp4": _NO_METHOD,
+            "bnb-int8": _NO_METHOD,
         },
     ),
     "transformers": Target(
@@ -212,8 +220,11 @@ TARGETS = {
                 _CT_HF,
                 needs=("compressed-tensors", "accelerate"),
                 experts_in={"W4A16_ASYM": _UNCONVERTED},
+                kept=_UNPACKED,
             ),
-            "ct-int": Loads(_HF, _CT_HF, experts=_UNCONVERTED, needs=("compressed-tensors", "accelerate")),
+            "ct-int": Loads(
+                _HF, _CT_HF, experts=_UNCONVERTED, needs=("compressed-tensors", "accelerate"), kept=_UNPACKED
+            ),
             "ct-float": Loads(
                 _HF,
                 _CT_HF,
@@ -224,8 +235,9 @@ TARGETS = {
                 _CT_HF,
                 experts="transformers leaves the global scales of NVFP4 experts out: their weights come out 2048 times too large",
                 needs=("compressed-tensors", "accelerate"),
+                kept=_UNPACKED,
             ),
-            "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate")),
+            "ct-mxfp4": Loads(_HF, _CT_HF, needs=("compressed-tensors", "accelerate"), kept=_UNPACKED),
             "hf-fp8": Loads(
                 _HF,
                 "read: quantizer_finegrained_fp8.py; FP8 from compute capability 8.9 on, dequantized below",
@@ -268,8 +280,13 @@ TARGETS = {
 }
 
 
-def unloadable(engine: str, layout: str, scheme: str | None = None, experts: bool = False) -> str | None:
-    """Why the engine cannot load weights of the scheme in this layout, or None. experts: among them are experts'."""
+def unloadable(
+    engine: str, layout: str, scheme: str | None = None, experts: bool = False, kept: bool = False
+) -> str | None:
+    """Why the engine cannot load weights of the scheme in this layout, or None.
+
+    experts: among them are experts'. kept: there are experts beside them that stay in high precision.
+    """
     target = TARGETS[engine]
     if layout not in target.loads:
         refusal = target.refuses.get(layout)
@@ -277,4 +294,5 @@ def unloadable(engine: str, layout: str, scheme: str | None = None, experts: boo
     loads = target.loads[layout]
     if scheme is not None and loads.schemes is not None and scheme not in loads.schemes:
         return f"{target.summary} loads {layout} for {', '.join(loads.schemes)} only, not for {scheme}"
-    return (loads.experts or loads.experts_in.get(scheme or "")) if experts else None
+    reason = (loads.experts or loads.experts_in.get(scheme or "")) if experts else None
+    return reason or (loads.kept if kept else None)

@@ -16,6 +16,7 @@ from quantpub.recipe import Recipe
 from quantpub.registry import load
 from quantpub.scheme import Scheme
 
+_EXPERTS = re.compile(r"(.*\.experts)\.")
 ASKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -72,16 +73,18 @@ def natural(name: str) -> list[Any]:
 def unquantized(copied: Iterable[tuple[str, str]], family: Family) -> tuple[str, ...]:
     """Of (module, role): every Linear in high precision by its full name; `lm_head` also where it is tied.
 
-    Where all members of a merged linear stay, its own name too: several engines look for no other.
+    Where all members of a merged linear stay, its own name too: several engines look for no other. So of a layer's experts,
+    which stay together or not at all: engines hold them in one module, and ask for that.
     """
     found = {module for module, role in copied if role in (LINEAR, ROUTER, HEAD)}
+    experts = {module[: match.end(1)] for module in found if (match := _EXPERTS.match(module))}
     merged = {
         f"{prefix}.{whole}"
         for prefix in {module.rpartition(".")[0] for module in found}
         for whole, members in family.fused.items()
         if len(members) > 1 and all(f"{prefix}.{member}" in found for member in members)
     }
-    return tuple(sorted(found | merged | {"lm_head"}, key=natural))
+    return tuple(sorted(found | merged | experts | {"lm_head"}, key=natural))
 
 
 def declared(

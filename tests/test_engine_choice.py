@@ -273,7 +273,7 @@ def test_a_version_that_nobody_read_has_what_all_that_were_read_agree_on() -> No
 def test_what_vllm_does_not_load_is_refused_with_the_reason() -> None:
     choice = by_table(Ask("e", 8, 8, preset("LLM_INT8"), "bnb-int8", 8), "why", "0.25.1", "sm90")
     assert (choice.kernel, choice.error) == (
-        None, "vLLM's bitsandbytes loader refuses experts that are 8-bit on disk; why",
+        None, "vLLM's bitsandbytes loader refuses what is 8-bit on disk where the model has experts, quantized or not; why",
     )  # fmt: skip
 
 

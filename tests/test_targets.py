@@ -107,6 +107,15 @@ def test_experts_are_refused_where_a_loader_skips_them() -> None:
     assert unloadable("vllm", "gptq-v2", "W4A16", experts=True) is None
 
 
+def test_experts_that_stay_are_refused_where_a_loader_takes_them_for_quantized() -> None:
+    """Seen on an H200: NotImplementedError; and in transformers 5.23: an error of its conversions."""
+    assert "quantized or not" in str(unloadable("vllm", "bnb-int8", "LLM_INT8", kept=True))
+    assert "for quantized" in str(unloadable("sglang", "gptq", "W4A16", kept=True))
+    assert "rest is packed" in str(unloadable("transformers", "ct-pack", "W4A16", kept=True))
+    for engine, layout, scheme in [("vllm", "gptq", "W4A16"), ("transformers", "ct-float", "FP8")]:
+        assert unloadable(engine, layout, scheme, kept=True) is None
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_names_engines_that_load_its_scheme(path: Path) -> None:
     recipe = load_recipe(str(path))
@@ -183,7 +192,7 @@ def test_every_checkpoint_of_the_evidence_is_seen(evidence: str) -> None:
 
 CANARIES = [
     (name, found)
-    for file in ("h200-canary-dense-28m", "h200-canary-moe-27m")
+    for file in ("h200-canary-dense-28m", "h200-canary-moe-27m", "h200-canary-moe-27m-parts")
     for name, found in json.loads((ROOT / f"docs/evidence/{file}.json").read_text())["checkpoints"].items()
     if "kl" in found
 ]

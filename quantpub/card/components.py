@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
-from quantpub.gemms import EXPERT
+from quantpub.gemms import is_expert
 from quantpub.scheme import WHOLE, ActFormat, Scheme, WeightFormat
 
 NAMES = {"int4": "int4", "int8": "int8", "fp4_e2m1": "FP4 (E2M1)", "fp8_e4m3": "FP8 (E4M3)"}
@@ -46,7 +46,7 @@ class Use:
 
 def uses(decoder: Decoder) -> list[Use]:
     """What the plan's treatments were really used for, in their order."""
-    found = {(decoder.place(module), EXPERT.search(f"{module}.") is not None) for module, _ in decoder.modules()}
+    found = {(decoder.place(module), is_expert(module)) for module, _ in decoder.modules()}
     treated = [(decoder.treatments[place], experts) for place, experts in sorted(found)]
     return list(dict.fromkeys(Use(t.scheme, t.layout.name, experts) for t, experts in treated))
 

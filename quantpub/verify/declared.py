@@ -10,16 +10,18 @@ from quantpub.kv_cache import ATTENTION
 from quantpub.kv_check import kv_problems, scale_of
 from quantpub.layouts.base import CT
 from quantpub.lookup import head_problems, method_of, name_problems, readers
-from quantpub.lookup_names import asks, engine_modules
+from quantpub.lookup_names import TITLES, VLLM, VLLM_25, asks, engine_modules
 from quantpub.targets import TARGETS
 from quantpub.tp_cut import tp_table
 from quantpub.verify.base import Finding, Problem, Subject, failed, first
+from quantpub.verify.engine import kinds, refusals
 from quantpub.verify.language import language
 from quantpub.verify.left_out import left_out
 from quantpub.verify.whole import tied
 
 AGREE = "hf_quant_config.json is read first"  # so begins what the two files of ModelOpt say differently
 ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")  # a sentence that begins so is about what that engine does not load
+TABLES = {VLLM_25: VLLM}  # whose table of layouts speaks for a lookup
 
 IGNORE = "name the head in ignore, as llm-compressor does"
 UNMERGED = "serve it with transformers, which merges nothing, or quantize again with a scale a row or a tensor"
@@ -56,11 +58,23 @@ def names(subject: Subject) -> Finding:
     config, fused = subject.held.text_config, subject.decoder.family().fused
     missed = left_out(subject)
     plain = [module for module in subject.plain if module not in missed]
-    problems = name_problems(subject.stated, subject.quantized, plain, fused, str(config.get("model_type", "")))
+    unasked = _unasked(subject)
+    model_type = str(config.get("model_type", ""))
+    problems = name_problems(subject.stated, subject.quantized, plain, fused, model_type, unasked)
     problems += _never_asked(subject)
     problems += [Problem(text, IGNORE) for text in ([] if tied(subject) else head_problems(subject.stated, plain))]
     modules = len(engine_modules([*subject.quantized, *plain], fused))
-    return first(problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them")
+    rest = "".join(f"; not as {TITLES[e]} has them: {why}" for e, why in unasked.items() if e != VLLM_25)
+    return first(
+        problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them{rest}"
+    )
+
+
+def _unasked(subject: Subject) -> dict[str, str]:
+    """Engines that would look names up, but do not load such a checkpoint at all → why."""
+    found = kinds(subject.decoder)
+    known = {engine: refusals(TABLES.get(engine, engine), found) for engine in readers(subject.stated)}
+    return {engine: next(iter(reasons.values())) for engine, reasons in known.items() if reasons}
 
 
 def _never_asked(subject: Subject) -> list[str]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantpub.actions import QUANTIZE
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.engines.canary import canary
 from quantpub.engines.canary_faults import FACTOR, LOOSE, NOISE, Expected
 from quantpub.errors import QuantpubError, UsageError
 from quantpub.files import sha256_json
-from quantpub.gemms import EXPERT
+from quantpub.gemms import is_expert, some_experts
 from quantpub.opened import Opened
 from quantpub.sources import LocalSource, Source, open_source
 from quantpub.targets import TARGETS, unloadable
 
 NOT_ESTABLISHED = "not established"  # what `unloadable` says of a layout that nobody has read the engine for
 TIMES = ("seconds", "load_seconds")  # evidence is the same each time
-Kinds = set[tuple[str, str, bool]]  # layout, scheme, whether of experts
+Kinds = set[tuple[str, str, bool, bool]]  # layout, scheme, whether of experts, whether some stay as they were
 
 
 def in_engine(
@@ -52,18 +53,22 @@ def _decoder(checkpoint: Artifact | Opened) -> Decoder | None:
 def kinds(decoder: Decoder) -> Kinds:
     """What its quantized modules are."""
     treated = ((name, decoder.treated(name)) for name, _ in decoder.modules())
-    return {(t.layout.name, t.scheme.name, EXPERT.search(f"{name}.") is not None) for name, t in treated}
+    kept = some_experts(line["tensor"] for line in decoder.actions if line["action"] != QUANTIZE)
+    return {(t.layout.name, t.scheme.name, is_expert(name), kept) for name, t in treated}
+
+
+def refusals(engine: str, found: Kinds) -> dict[tuple[str, str, bool, bool], str]:
+    """Of these, those that the tables know the engine not to load → why."""
+    reasons = {kind: unloadable(engine, *kind) for kind in sorted(found)} if engine in TARGETS else {}
+    return {kind: why for kind, why in reasons.items() if why and why != NOT_ESTABLISHED}
 
 
 def refused(engine: str, found: Kinds) -> dict[str, Any] | None:
-    """What `in_engine` says where the tables know that the engine does not load one of these, or None."""
-    if engine not in TARGETS:
-        return None
-    reasons = {kind: unloadable(engine, *kind) for kind in sorted(found)}
-    known = {kind: why for kind, why in reasons.items() if why and why != NOT_ESTABLISHED}
+    """What `in_engine` says where the engine does not load one of these, or None."""
+    known = refusals(engine, found)
     if not known:
         return None
-    (layout, _, experts), why = next(iter(known.items()))
+    (layout, _, experts, _), why = next(iter(known.items()))
     others = [name for name in TARGETS if not any(unloadable(name, *kind) for kind in found)]
     advice = f"it is loaded by {', '.join(others)}; or repack it" if others else "repack it"
     return {

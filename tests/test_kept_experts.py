@@ -142,7 +142,9 @@ def test_transformers_computes_with_them(layout: str, moe: Path, tmp_path: Path)
     """hf-fp8 is dequantized as it is loaded where there is no GPU, and then has no quantizer left."""
     artifact = made(moe, layout, tmp_path)
     with inside():
-        told = canary("transformers", artifact, moe, canary_tokens(DEMO_MODEL, window=64), settings=Settings(generate=4))
+        told = canary(
+            "transformers", artifact, moe, canary_tokens(DEMO_MODEL, window=64), settings=Settings(generate=4)
+        )
     assert told["verdict"] == "passed", told["reason"]
     assert told["missing"]["count"] == told["unexpected"]["count"] == 0 and 0 < told["kl"]["mean"] < 0.2
     assert told["quantizer"] == "fp8, dequantized" if layout == "hf-fp8" else "HfQuantizer" in told["quantizer"]

@@ -177,18 +177,18 @@ def test_zeros_of_gptqs_first_version_that_say_nothing_certain(bits: int) -> Non
     scheme: Scheme = preset("W4A16" if bits == 4 else "W8A16", 32)
     zeros = preset("W4A16_ASYM", 32)
     middle = torch.full((2, 8), -1, dtype=torch.int8)
-    assert gptq_zeros.ambiguous({"qzeros": pack(middle)}, scheme) is None
+    assert gptq_zeros.LAYOUT.ambiguous({"qzeros": pack(middle)}, scheme, (8, 64)) is None
     for place in ((0, 0), (1, 7)):
         odd = middle.clone()
         odd[place] = 0
-        assert "not those of symmetric" in str(gptq_zeros.ambiguous({"qzeros": pack(odd)}, scheme))
+        assert "not those of symmetric" in str(gptq_zeros.LAYOUT.ambiguous({"qzeros": pack(odd)}, scheme, (8, 64)))
         if bits == 4:
-            assert gptq_zeros.ambiguous({"qzeros": pack(odd)}, zeros) is None
+            assert gptq_zeros.LAYOUT.ambiguous({"qzeros": pack(odd)}, zeros, (8, 64)) is None
             odd[place] = last
-            assert "stored as 15" in str(gptq_zeros.ambiguous({"qzeros": pack(odd)}, zeros))
+            assert "stored as 15" in str(gptq_zeros.LAYOUT.ambiguous({"qzeros": pack(odd)}, zeros, (8, 64)))
             odd[place] = last - 1
-            assert gptq_zeros.ambiguous({"qzeros": pack(odd)}, zeros) is None
+            assert gptq_zeros.LAYOUT.ambiguous({"qzeros": pack(odd)}, zeros, (8, 64)) is None
     order = {"qzeros": pack(middle), "scales": torch.ones(2, 8), "g_idx": torch.arange(64) // 32}
-    assert gptq_zeros.ambiguous(order, scheme) is None
+    assert gptq_zeros.LAYOUT.ambiguous(order, scheme, (8, 64)) is None
     order["g_idx"] = order["g_idx"].flip(0)
-    assert "act order" in str(gptq_zeros.ambiguous(order, scheme))
+    assert "(g_idx)" in str(gptq_zeros.LAYOUT.ambiguous(order, scheme, (8, 64)))

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 
 from quantpub.adopt import NONE, Adopted, adopt, ct
 from quantpub.adopt.base import misfit
-from quantpub.adopt.decoder import AdoptedDecoder, _require_order
+from quantpub.adopt.decoder import AdoptedDecoder
 from quantpub.adopt.others import _int8
 from quantpub.errors import InputError
 from quantpub.held import open_held
+from quantpub.layouts import LAYOUTS
+from quantpub.layouts.base import Layout
 from quantpub.qtensor import QTensor
+from quantpub.registry import load
 from quantpub.scheme import PRESETS
 from quantpub.shards import DTYPES, TensorInfo
 from quantpub.verify.base import Problem, first
@@ -111,13 +114,15 @@ def test_an_order_of_columns_is_read_where_it_is_their_own(order: str, tmp_path:
     assert bool(found.said("readable")) == (order != "own") and not found.said("tensors")
 
 
-def test_groups_of_columns_that_lie_apart_are_refused() -> None:
-    due = torch.arange(K, dtype=torch.int32) // GROUP
-    _require_order(MODULE, due, K, K // GROUP)
-    apart = due.clone()
-    apart[0], apart[-1] = due[-1].clone(), due[0].clone()
-    with pytest.raises(InputError, match="g_idx"):
-        _require_order(MODULE, apart, K, K // GROUP)
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+def test_groups_of_columns_that_lie_apart_are_refused(name: str) -> None:
+    layout: Layout = load(LAYOUTS, "layout", name)
+    codes_NK = torch.randint(-8, 8, (N, K), dtype=torch.int8)
+    tensors = layout.pack(QTensor(PRESETS["W4A16"], codes_NK, torch.ones(N, K // GROUP).bfloat16()))
+    assert layout.ambiguous(tensors, PRESETS["W4A16"], (N, K)) is None
+    due = tensors["g_idx"]
+    tensors["g_idx"] = torch.cat([due[-1:], due[1:-1], due[:1]])
+    assert "(g_idx)" in str(layout.ambiguous(tensors, PRESETS["W4A16"], (N, K)))
 
 
 @pytest.mark.parametrize("symmetric", [False, "false", "no", 0, None])

@@ -8,7 +8,6 @@ import torch
 
 from quantpub.adopt import Adopted
 from quantpub.adopt.base import fitted
-from quantpub.adopt.doubts import doubt
 from quantpub.artifact import Artifact
 from quantpub.decode import Decoder
 from quantpub.errors import InputError
@@ -34,15 +33,13 @@ class AdoptedDecoder(Decoder):
         return {}
 
     def packed(self, module: str) -> Tensors:
-        """suffix → tensor as the layout states it. Errors: InputError when columns are in another order than stored."""
+        """suffix → tensor as the layout states it. Errors: InputError when they do not say what the weight is."""
         treatment, (n, k) = self.treated(module), self._shape(module)
         found = super().packed(module)
         spec = treatment.layout.spec(treatment.scheme, n, k, self.source_dtype(module))
         tensors = {suffix: fitted(tensor, *spec[suffix]) for suffix, tensor in found.items()}
-        if reason := doubt(treatment.layout.name, tensors, treatment.scheme, (n, k)):
+        if reason := treatment.layout.ambiguous(tensors, treatment.scheme, (n, k)):
             raise InputError(reason, where=module, next="quantize it again from the full-precision model")
-        if "g_idx" in tensors:
-            _require_order(module, tensors["g_idx"], k, treatment.scheme.weight.scale_shape(n, k)[1])
         return tensors
 
     def kv_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -52,11 +49,3 @@ class AdoptedDecoder(Decoder):
 
     def _place_of(self, name: str) -> str:
         return self.adopted.held.place[name]
-
-
-def _require_order(module: str, g_idx_K: torch.Tensor, k: int, groups: int) -> None:
-    """Errors: InputError when groups are not columns that lie side by side."""
-    due = torch.arange(k, dtype=g_idx_K.dtype) // (k // groups)
-    if not torch.equal(g_idx_K, due):
-        what = "its groups are made of columns in the order of their activations (g_idx), which no other layout holds"
-        raise InputError(what, where=module, next="quantize it again from the full-precision model")

@@ -36,7 +36,7 @@ KERNEL_LAYOUTS = {
     "marlin": Entry("quantpub.layouts.marlin:LAYOUT", "Marlin's operands, made of ct-pack, gptq or awq"),
     "machete": Entry("quantpub.layouts.machete:LAYOUT", "Machete's operands, made of ct-pack, gptq or awq"),
 }
-# What other tools write, and quantpub reads. A module may say of given tensors why they cannot be read: `ambiguous`
+# What other tools write, and quantpub reads.
 PEER_LAYOUTS = {
     "gptq-zeros": Entry("quantpub.layouts.gptq_zeros:LAYOUT", "GPTQ v1 with integer zeros, stored less one"),
     "auto-gptq": Entry("quantpub.layouts.gptq_zeros:AUTO", "auto-round's auto_gptq: GPTQ v1 without g_idx"),

@@ -17,4 +17,4 @@ def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
 
 
 _WORDS = Words(less=0, ordered=False)
-LAYOUT = peer("auto-round", "auto-round", reject, _WORDS.spec, _WORDS.pack, _WORDS.unpack)
+LAYOUT = peer("auto-round", "auto-round", reject, _WORDS.spec, _WORDS.pack, _WORDS.unpack, _WORDS.ambiguous)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from quantpub.layouts.base import Config, Cut, Layout, Spec, Tensors, reject_integers, reject_rest
+from quantpub.layouts.gptq_words import NOT_MIDDLE
 from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 
@@ -76,6 +77,11 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int
     return QTensor(scheme, codes_NK, scale_NG, unpack_interleaved(tensors["qzeros"]))
 
 
+def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    symmetric = scheme.weight.zero_domain == "none"
+    return NOT_MIDDLE if symmetric and bool(unpack_interleaved(tensors["qzeros"]).any()) else None
+
+
 def config(scheme: Scheme, ignore: Sequence[str]) -> Config:
     """`modules_to_not_convert`: vLLM takes an entry for part of a name, so a full name must not begin a quantized one."""
     return {
@@ -96,4 +102,6 @@ def cut(scheme: Scheme) -> Cut:
     return Cut(WORD, {"qweight": (1, WORD), "qzeros": (1, WORD), "scales": (1, 1)})
 
 
-LAYOUT = Layout("awq", "checkpoint", METHOD, reject, spec, pack, unpack, config, tp_multiple, cut=cut)
+LAYOUT = Layout(
+    "awq", "checkpoint", METHOD, reject, spec, pack, unpack, config, tp_multiple, ambiguous=ambiguous, cut=cut
+)

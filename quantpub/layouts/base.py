@@ -35,6 +35,10 @@ def itself(q: QTensor) -> QTensor:
     return q
 
 
+def clear(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> None:
+    return None
+
+
 def as_stored(words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return words
 
@@ -88,6 +92,9 @@ class RowWords:
     give: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 
 
+Ambiguous = Callable[[Mapping[str, torch.Tensor], Scheme, tuple[int, int]], str | None]
+
+
 @dataclass(frozen=True)
 class Layout:
     """name; kind: `checkpoint` (an engine loads it), `kernel` (a kernel eats it) or `peer` (another tool's: read, never
@@ -105,6 +112,8 @@ class Layout:
     input_scale: of schemes with calibrated activations. kv_cache: None where the layout has no place for its scales.
     nearest(q) → the nearest weight that `pack` is exact for. Itself for what quantpub makes: other tools choose numbers that
     a layout may not be able to write to the last bit.
+    ambiguous(tensors, scheme, (n, k)) → why tensors of another tool's do not say what the weight is, or None: of what `unpack`
+    does not read, and of codes that have no one meaning.
     cut(scheme) → how a weight may be worked on by blocks of rows; None: as a whole only. words: of int4 codes.
     """
 
@@ -123,6 +132,7 @@ class Layout:
     input_scale: InputScale | None = None
     kv_cache: KvCache | None = None
     nearest: Callable[[QTensor], QTensor] = itself
+    ambiguous: Ambiguous = clear
     cut: Callable[[Scheme], Cut | None] = whole
     words: RowWords | None = None
 
@@ -134,6 +144,7 @@ def peer(
     spec: Callable[[Scheme, int, int, str], Spec],
     pack: Callable[[QTensor], Tensors],
     unpack: Callable[[Mapping[str, torch.Tensor], Scheme, tuple[int, int]], QTensor],
+    ambiguous: Ambiguous = clear,
 ) -> Layout:
     """A layout in which other tools keep weights: it is read and never written, so that it has no configuration."""
 
@@ -143,7 +154,7 @@ def peer(
     def tp_multiple(scheme: Scheme) -> None:
         return None
 
-    return Layout(name, "peer", method, reject, spec, pack, unpack, config, tp_multiple)
+    return Layout(name, "peer", method, reject, spec, pack, unpack, config, tp_multiple, ambiguous=ambiguous)
 
 
 def reject_integers(

@@ -92,6 +92,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int
     return QTensor(scheme, UNPACK[bits](tensors["weight_packed"]), tensors["weight_scale"], zero)
 
 
+def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Some loaders go by its shape, others by its words."""
+    said = tensors["weight_shape"].tolist()
+    return f"its weight_shape is {said}, its words hold {list(shape)}" if tuple(said) != shape else None
+
+
 def _pack_down(zero_NG: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [N, G] → int32 [ceil(N/W), G]. The lowest code is stored as zero bits, so it pads."""
     missing = -len(zero_NG) % (32 // bits)
@@ -137,6 +143,7 @@ LAYOUT = Layout(
     tp_multiple,
     group,
     kv_cache=CT_KV_CACHE,
+    ambiguous=ambiguous,
     cut=cut,
     words=RowWords("weight_packed", as_stored, as_stored),
 )

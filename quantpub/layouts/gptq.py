@@ -71,6 +71,7 @@ def _layout(name: str, words: Words, reject: Callable[[Scheme, int, int, str], s
         partial(config, version=version),
         tp_multiple,
         files=files,
+        ambiguous=words.ambiguous,
         cut=cut,
         words=RowWords("qweight", turned, turned),
     )

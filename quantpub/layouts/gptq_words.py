@@ -22,6 +22,7 @@ from quantpub.qtensor import QTensor
 from quantpub.scheme import WHOLE, Scheme
 
 SYMMETRIC = {("int4", "none"), ("int8", "none")}
+NOT_MIDDLE = "its zeros are not those of symmetric weights, as its configuration says"
 ANY_ZERO = SYMMETRIC | {("int4", "int"), ("int8", "int")}
 
 
@@ -76,6 +77,24 @@ class Words:
         if scheme.weight.zero_domain == "int":
             zero_NG = shifted(UNPACK[bits](tensors["qzeros"]), self.less, bits).T.contiguous()
         return QTensor(scheme, codes_NK, tensors["scales"].T.contiguous(), zero_NG)
+
+    def ambiguous(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Zeros where there should be none, a last zero less one, which may be a borrow, and columns out of order."""
+        bits = scheme.weight.number.bits
+        stored, last = UNPACK[bits](tensors["qzeros"]), (1 << bits - 1) - 1  # signed, as zeros are: 0 is the middle
+        if scheme.weight.zero_domain == "none":
+            if bool((stored != -self.less).any()):
+                return NOT_MIDDLE
+        elif self.less and bool((stored == last).any()):
+            return f"a zero is stored as {(1 << bits) - 1}, which GPTQ's version 1 does not tell from a borrow of the next zero"
+        return _order(tensors)
+
+
+def _order(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    g_idx = tensors.get("g_idx")
+    if g_idx is None or torch.equal(g_idx, in_order(len(g_idx), len(tensors["scales"]), g_idx.device)):
+        return None
+    return "its groups are made of columns in the order of their activations (g_idx), which no other layout holds"
 
 
 def cut(scheme: Scheme) -> Cut:

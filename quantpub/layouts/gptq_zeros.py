@@ -14,13 +14,8 @@ Sources: GPTQModel's convert_gptq_v2_to_v1_format_module; auto-round's model_fre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
 from quantpub.layouts.base import peer, reject_integers
-from quantpub.layouts.gptq_words import ANY_ZERO, Words, in_order, reject_shape
-from quantpub.layouts.words import UNPACK
+from quantpub.layouts.gptq_words import ANY_ZERO, Words, reject_shape
 from quantpub.scheme import Scheme
 
 
@@ -28,28 +23,6 @@ def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
     return reject_integers("gptq version 1", scheme, dtype, ANY_ZERO) or reject_shape(scheme, n, k)
 
 
-def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> str | None:
-    """Why these tensors do not say what the weight is, or None."""
-    bits = scheme.weight.number.bits
-    stored, last = (
-        UNPACK[bits](tensors["qzeros"]),
-        (1 << bits - 1) - 1,
-    )  # signed, as zeros are: −1 is the middle less one
-    if scheme.weight.zero_domain == "none":
-        if bool((stored != -1).any()):
-            return "its zeros are not those of symmetric weights, as its configuration says"
-    elif bool((stored == last).any()):
-        return f"a zero is stored as {(1 << bits) - 1}, which GPTQ's version 1 does not tell from a borrow of the next zero"
-    return _order(tensors)
-
-
-def _order(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    g_idx = tensors.get("g_idx")
-    if g_idx is None or torch.equal(g_idx, in_order(len(g_idx), len(tensors["scales"]), g_idx.device)):
-        return None
-    return "its columns are quantized in another order than they stand in (act order)"
-
-
 _WITH, _WITHOUT = Words(less=1), Words(less=1, ordered=False)
-LAYOUT = peer("gptq-zeros", "gptq", reject, _WITH.spec, _WITH.pack, _WITH.unpack)
-AUTO = peer("auto-gptq", "auto-round", reject, _WITHOUT.spec, _WITHOUT.pack, _WITHOUT.unpack)
+LAYOUT = peer("gptq-zeros", "gptq", reject, _WITH.spec, _WITH.pack, _WITH.unpack, _WITH.ambiguous)
+AUTO = peer("auto-gptq", "auto-round", reject, _WITHOUT.spec, _WITHOUT.pack, _WITHOUT.unpack, _WITHOUT.ambiguous)

@@ -29,8 +29,7 @@ def reject(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
     return reject_rest(k, scheme.group_size)
 
 
-def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> str | None:
-    """Why these tensors do not say what the weight is, or None."""
+def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if "pre_quant_scale" in tensors:
         return "its activations are multiplied by a pre_quant_scale first, which no other layout holds"
     return None
@@ -52,4 +51,4 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int
     return QTensor(scheme, (nibbles ^ 8) - 8, tensors["weight_scale"])
 
 
-LAYOUT = peer("modelopt-int4", "modelopt", reject, spec, pack, unpack)
+LAYOUT = peer("modelopt-int4", "modelopt", reject, spec, pack, unpack, ambiguous)

@@ -46,8 +46,7 @@ def reject_intx(scheme: Scheme, n: int, k: int, dtype: str) -> str | None:
     return _reject("torchao-intx", scheme, ("int4", "int8"), (None,)) or reject_rest(k, scheme.group_size)
 
 
-def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> str | None:
-    """Why these tensors do not say what the weight is, or None."""
+def ambiguous(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> str | None:
     zero, number = tensors["_weight_zero_point"], scheme.weight.number
     if scheme.weight.zero_domain == "none" and bool(zero.any()):
         return "it has zero points that are not 0, and its configuration calls it symmetric"
@@ -76,5 +75,5 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int
     return QTensor(scheme, tensors["_weight_qdata"], tensors["_weight_scale"], zero)
 
 
-INT8 = peer("torchao-int8", "torchao", reject_int8, spec, pack, unpack)
-INTX = peer("torchao-intx", "torchao", reject_intx, spec, pack, unpack)
+INT8 = peer("torchao-int8", "torchao", reject_int8, spec, pack, unpack, ambiguous)
+INTX = peer("torchao-intx", "torchao", reject_intx, spec, pack, unpack, ambiguous)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +18,11 @@ from quantpub.artifact import Artifact
 from quantpub.cli_repack import _require_sound
 from quantpub.decode import Decoder
 from quantpub.destination import Destination
-from quantpub.errors import InputError, UnavailableError
+from quantpub.errors import UnavailableError
 from quantpub.opened import open_quantized
 from quantpub.recipe import load_recipe
 from quantpub.recipe_files import recipe_files
 from quantpub.repack import _require_unchanged
-from quantpub.repack_proof import Sums
 from quantpub.repack_recipe import REPACKED
 from quantpub.sources import LocalSource
 
@@ -109,16 +106,6 @@ def test_damage_between_two_runs_leaves_what_the_first_finished(
     assert SHARDS[0] in before and SHARDS[2] not in before
     left = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert before.items() <= left.items() and left.keys() <= {*SHARDS[:2]}
-
-
-def test_of_the_hub_the_files_are_held_against_what_it_states(several: Path) -> None:
-    source = SimpleNamespace(path=lambda name: several / name, sha256=lambda name: "0" * 64, where=lambda name: name)
-    opened: Any = SimpleNamespace(held=SimpleNamespace(source=source), artifact=None)
-    with ThreadPoolExecutor(1) as pool:
-        sums = Sums(opened, pool)
-        sums.begin(SHARDS[0])
-        with pytest.raises(InputError, match="the Hub states"):
-            sums.end(SHARDS[0], lambda: None)
 
 
 def test_a_shard_that_is_another_file_now_changed_while_it_was_read(several: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def test_no_room_is_found_before_the_first_weight(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UnavailableError, match="no space left"):
         ShardWriter(tmp_path / "a.safetensors", {"x": ("F32", (4,))}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["sha256_file", "os.fsync"])
+def test_a_disk_that_fails_at_the_end_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Of the two that run side by side either may fail."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    writer = ShardWriter(tmp_path / "a.safetensors", {"x": ("F32", (4,))}, {})
+    writer.write("x", raw_bytes(torch.zeros(4)))
+    monkeypatch.setattr(f"quantpub.shards.{failing}", broken)
+    with pytest.raises(UnavailableError, match=r"a\.safetensors"):
+        writer.commit()
+    writer.abandon()
     assert list(tmp_path.iterdir()) == []
 
 

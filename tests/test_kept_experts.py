@@ -70,6 +70,7 @@ def stated(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", SCHEMES)
 def test_engines_find_them_unquantized(layout: str, moe: Path, tmp_path: Path) -> None:
     """`verify` looks every name up as each engine does that loads such a checkpoint."""

@@ -90,6 +90,7 @@ def test_layer_by_layer_is_what_the_whole_model_computes(model_type: str, tmp_pa
         assert torch.equal(hidden, base(input_ids=IDS, use_cache=False).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_whole_model(cache: Path, ids: Path) -> None:
     rows = rows_of(ids)
     statistics = observe(open_checkpoint(str(DEMO_MODEL)), Request(str(ids), 8, 64))

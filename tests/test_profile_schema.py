@@ -167,6 +167,7 @@ def test_what_both_devices_have_is_marked_so(on_cpu: set[Key], on_gpu: set[Key])
     assert names - {".".join(field) for field in on_gpu} == lacking
 
 
+@pytest.mark.slow
 def test_no_documented_key_is_absent_from_all(on_cpu: set[Key], on_gpu: set[Key]) -> None:
     assert {".".join(field) for field in documented()} == {".".join(field) for field in on_cpu | on_gpu}
 

@@ -260,6 +260,7 @@ def test_a_hub_that_stays_down_is_unavailable_and_a_rerun_finishes(hub: Loopback
     assert count(hub, "lfs-put") == 2  # uploaded by the first run, kept for the second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["info", "create", "commit", "resolve", "tag"])
 def test_a_silent_hub_is_not_waited_for(
     hub: LoopbackHub, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, route: str
@@ -796,6 +797,7 @@ def test_a_rehearsal_needs_room(artifact: Artifact, monkeypatch: pytest.MonkeyPa
         rehearse(artifact, REPO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["create", "preupload", "lfs-batch", "lfs-put", "commit", "commits", "resolve"])
 def test_killed_at_any_request_a_rerun_ends_at_the_plan_with_one_commit(
     hub: LoopbackHub, artifact: Artifact, tmp_path: Path, route: str

@@ -36,10 +36,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
     }
 
 
+@pytest.mark.slow
 def test_what_is_sound_is_not_alarmed_about(sound: dict[str, dict[str, Path]]) -> None:
     assert not any(script.rules(folder, BASES[kind]) for kind, made in sound.items() for folder in made.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[name for _, name in CASES])
 def test_each_is_caught_by_the_rules_of_record(
     kind: str, name: str, sound: dict[str, dict[str, Path]], tmp_path: Path

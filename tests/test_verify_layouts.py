@@ -48,6 +48,7 @@ PLANTED: dict[str, tuple[str, str, Callable[[Tensors], object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PLANTED)
 def test_bytes_that_engines_read_and_unpack_does_not(fault: str, tmp_path: Path) -> None:
     recipe, layout, edit = PLANTED[fault]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_artifact, save_llama, spawn_cli, tree
+from conftest import make_artifact, run_cli, save_llama, spawn_cli, tree, use_hub
 
 from quantpub.hub import LoopbackHub
 
@@ -71,29 +71,32 @@ def test_quantize_from_the_hub_records_the_commit_and_equals_a_local_run(hub: Lo
     }
 
 
-@pytest.mark.slow
-def test_plan_reads_headers_only(hub: LoopbackHub, tmp_path: Path) -> None:
-    ran = spawn_cli("plan", REPO, "-r", "w4a16", "--json", env=client(hub, tmp_path))
+@pytest.fixture
+def near(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """The same, for the client of this process."""
+    use_hub(hub, tmp_path / "hf-home", monkeypatch)
+    return hub
+
+
+def test_plan_reads_headers_only(near: LoopbackHub, tmp_path: Path) -> None:
+    ran = run_cli("plan", REPO, "-r", "w4a16", "--json")
     assert ran.code == 0, ran.err
-    local = spawn_cli("plan", tmp_path / "m", "-r", "w4a16", "--json").json()["plans"][0]
+    local = run_cli("plan", tmp_path / "m", "-r", "w4a16", "--json").json()["plans"][0]
     found = ran.json()["plans"][0]
     assert {k: v for k, v in found.items() if k != "model"} == {k: v for k, v in local.items() if k != "model"}
     assert not list((tmp_path / "hf-home").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_at_the_same_commit(hub: LoopbackHub, tmp_path: Path) -> None:
-    env = client(hub, tmp_path)
-    killed = spawn_cli(
-        "quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env | {"QUANTPUB_CRASH_AT": "journaled:2"}
-    )
+def test_an_interrupted_run_resumes_at_the_same_commit(near: LoopbackHub, tmp_path: Path) -> None:
+    env = client(near, tmp_path, QUANTPUB_CRASH_AT="journaled:2")
+    killed = spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env)
     assert killed.code == -9
-    again = spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", "--json", env=env)
+    again = run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", "--json")
     assert again.code == 0, again.err
     assert again.json()["shards_resumed"] == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -102,9 +105,9 @@ def test_an_interrupted_run_resumes_at_the_same_commit(hub: LoopbackHub, tmp_pat
     ],
 )
 def test_a_wrong_id_or_revision_is_one_line(
-    hub: LoopbackHub, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+    near: LoopbackHub, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    ran = spawn_cli("quantize", *arguments, "-r", "w4a16", "-o", tmp_path / "out", env=client(hub, tmp_path))
+    ran = run_cli("quantize", *arguments, "-r", "w4a16", "-o", tmp_path / "out")
     assert (ran.code, ran.err.count("\n")) == (code, 1), ran.err
     assert words in ran.err
     assert not (tmp_path / "out").exists()
@@ -121,10 +124,9 @@ def test_offline_and_unreachable_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verify_reads_the_source_at_the_recorded_commit(hub: LoopbackHub, tmp_path: Path) -> None:
-    env = client(hub, tmp_path)
-    assert spawn_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out", env=env).code == 0
-    hub.commit(REPO, {"config.json": b"{}"}, title="Somebody breaks main")
-    ran = spawn_cli("verify", tmp_path / "out", "--source", REPO, env=env)
+def test_verify_reads_the_source_at_the_recorded_commit(near: LoopbackHub, tmp_path: Path) -> None:
+    assert run_cli("quantize", REPO, "-r", "w4a16", "-o", tmp_path / "out").code == 0
+    near.commit(REPO, {"config.json": b"{}"}, title="Somebody breaks main")
+    ran = run_cli("verify", tmp_path / "out", "--source", REPO)
     assert ran.code == 0, ran.err
     assert "verdict: passed" in ran.out

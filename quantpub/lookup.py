@@ -111,17 +111,18 @@ def name_problems(
     """One sentence for each way in which engines take modules for what their weights are not; alike layers share one.
 
     quantized: module → anything that is equal for equal schemes. unquantized: every other linear, router and head.
-    without: engines that are not asked.
+    without: engines that are not asked about experts in high precision, since they load none.
     """
     modules = engine_modules([*quantized, *unquantized], fused)
-    asked = [engine for engine in readers(config) if engine not in without]
-    looks = {engine: _lookup(engine, config, set(quantized)) for engine in asked}
+    looks = {engine: _lookup(engine, config, set(quantized)) for engine in readers(config)}
     found = _Findings()
     for module in modules:
         if mixed := _mixed(module, quantized):
             found.add((), module, mixed)
             continue
-        answers = {engine: look(module) for engine, look in looks.items() if asks(engine, module, model_type)}
+        kept = module.kind == EXPERTS and module.members[0] not in quantized
+        asked = [e for e in looks if asks(e, module, model_type) and not (kept and e in without)]
+        answers = {engine: looks[engine](module) for engine in asked}
         if clash := _clash(answers):
             found.add((), module, clash)
             continue

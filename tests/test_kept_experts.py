@@ -21,7 +21,7 @@ from quantpub.engines.canary_tokens import canary_tokens
 from quantpub.opened import open_quantized
 from quantpub.targets import TARGETS, unloadable
 from quantpub.treatments import unquantized
-from quantpub.verify.engine import kinds, refusals
+from quantpub.verify.engine import kinds, refused
 from quantpub.verify.run import verify
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -80,7 +80,7 @@ def test_engines_find_them_unquantized(layout: str, moe: Path, tmp_path: Path) -
     named = Artifact.open(artifact).run()["engines"]
     found = kinds(Decoder(Artifact.open(artifact)))
     assert found == {(layout, SCHEMES[layout], False, True)}
-    assert named and all(not refusals(engine, found) for engine in named)
+    assert named and all(refused(engine, found) is None for engine in named)
 
 
 def test_the_names_that_vllm_asks_for(moe: Path, tmp_path: Path) -> None:
@@ -134,7 +134,10 @@ def test_who_cannot_load_them_says_so_before_anything_is_written(
 def test_verify_says_which_engine_it_did_not_ask(moe: Path, tmp_path: Path) -> None:
     evidence = verify(open_quantized(str(made(moe, "gptq", tmp_path))), str(moe))
     (names,) = [check for check in evidence["checks"] if check["id"] == "names"]
-    assert names["status"] == "passed" and "; not as SGLang has them: SGLang's GPTQ loader takes" in names["detail"]
+    assert (
+        names["status"] == "passed"
+        and "; experts not as SGLang has them: SGLang's GPTQ loader takes" in names["detail"]
+    )
 
 
 @pytest.mark.slow
@@ -149,3 +152,16 @@ def test_transformers_computes_with_them(layout: str, moe: Path, tmp_path: Path)
     assert told["verdict"] == "passed", told["reason"]
     assert told["missing"]["count"] == told["unexpected"]["count"] == 0 and 0 < told["kl"]["mean"] < 0.2
     assert told["quantizer"] == "fp8, dequantized" if layout == "hf-fp8" else "HfQuantizer" in told["quantizer"]
+
+
+def test_of_everything_else_that_engine_is_asked_all_the_same(moe: Path, tmp_path: Path) -> None:
+    """A linear that SGLang alone would take for unquantized is seen, though it loads no such experts."""
+    artifact = made(moe, "gptq", tmp_path)
+    shutil.rmtree(artifact / ".quantpub")
+    for name in ("config.json", "quantize_config.json"):
+        value = json.loads((artifact / name).read_text())
+        value.get("quantization_config", value)["dynamic"][r"-:.*o_proj"] = {}
+        (artifact / name).write_text(json.dumps(value))
+    evidence = verify(open_quantized(str(artifact)), str(moe))
+    (names,) = [check for check in evidence["checks"] if check["id"] == "names"]
+    assert names["status"] == "failed" and "SGLang" in names["detail"] and "o_proj" in names["detail"]

@@ -14,7 +14,7 @@ from quantpub.lookup_names import TITLES, VLLM, VLLM_25, asks, engine_modules
 from quantpub.targets import TARGETS
 from quantpub.tp_cut import tp_table
 from quantpub.verify.base import Finding, Problem, Subject, failed, first
-from quantpub.verify.engine import kinds, refusals
+from quantpub.verify.engine import kinds
 from quantpub.verify.language import language
 from quantpub.verify.left_out import left_out
 from quantpub.verify.whole import tied
@@ -64,17 +64,18 @@ def names(subject: Subject) -> Finding:
     problems += _never_asked(subject)
     problems += [Problem(text, IGNORE) for text in ([] if tied(subject) else head_problems(subject.stated, plain))]
     modules = len(engine_modules([*subject.quantized, *plain], fused))
-    rest = "".join(f"; not as {TITLES[e]} has them: {why}" for e, why in unasked.items() if e != VLLM_25)
+    rest = "".join(f"; experts not as {TITLES[e]} has them: {why}" for e, why in unasked.items() if e != VLLM_25)
     return first(
         problems, f"{modules} modules of the engines, {len(subject.quantized)} quantized linears in them{rest}"
     )
 
 
 def _unasked(subject: Subject) -> dict[str, str]:
-    """Engines that would look names up, but do not load such a checkpoint at all → why."""
-    found = kinds(subject.decoder)
-    known = {engine: refusals(TABLES.get(engine, engine), found) for engine in readers(subject.stated)}
-    return {engine: next(iter(reasons.values())) for engine, reasons in known.items() if reasons}
+    """Engines that load no experts in high precision beside these quantized linears → why."""
+    layouts = sorted({layout for layout, _, _, kept in kinds(subject.decoder) if kept})
+    loads = {engine: TARGETS[TABLES.get(engine, engine)].loads for engine in readers(subject.stated)}
+    found = {engine: [held[layout].kept for layout in layouts if layout in held] for engine, held in loads.items()}
+    return {engine: reasons[0] for engine, reasons in found.items() if reasons and reasons[0]}
 
 
 def _never_asked(subject: Subject) -> list[str]:

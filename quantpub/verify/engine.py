@@ -57,15 +57,10 @@ def kinds(decoder: Decoder) -> Kinds:
     return {(t.layout.name, t.scheme.name, is_expert(name), kept) for name, t in treated}
 
 
-def refusals(engine: str, found: Kinds) -> dict[tuple[str, str, bool, bool], str]:
-    """Of these, those that the tables know the engine not to load → why."""
-    reasons = {kind: unloadable(engine, *kind) for kind in sorted(found)} if engine in TARGETS else {}
-    return {kind: why for kind, why in reasons.items() if why and why != NOT_ESTABLISHED}
-
-
 def refused(engine: str, found: Kinds) -> dict[str, Any] | None:
     """What `in_engine` says where the engine does not load one of these, or None."""
-    known = refusals(engine, found)
+    reasons = {kind: unloadable(engine, *kind) for kind in sorted(found)} if engine in TARGETS else {}
+    known = {kind: why for kind, why in reasons.items() if why and why != NOT_ESTABLISHED}
     if not known:
         return None
     (layout, _, experts, _), why = next(iter(known.items()))

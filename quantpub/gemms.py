@@ -26,6 +26,7 @@ from quantpub.scheme import PRESETS, WHOLE
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 TOP_K = "num_experts_per_tok"
+Shapes = Mapping[str, tuple[int, int]]  # module → (n, k)
 
 
 def is_expert(module: str) -> bool:
@@ -36,9 +37,6 @@ def is_expert(module: str) -> bool:
 def some_experts(names: Iterable[str]) -> bool:
     """Of modules or tensors, those that are one parameter for all experts too."""
     return any(".experts." in f"{name}." for name in names)
-
-
-Shapes = Mapping[str, tuple[int, int]]  # module → (n, k)
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,8 @@ def _moe(recipe: str, layout: str, scheme: str, kernel: str, said: str) -> tuple
     return replace(run, experts=True, kernel=kernel, said=said), run
 
 
-def _repacked(source: str, layout: str, scheme: str) -> Seen:
+def _canary(name: str, layout: str, scheme: str) -> Seen:
     """A run of vLLM beside the base model: its logits are those of our own evaluation."""
-    name = f"{source}-as-{layout}"
     return Seen("vllm", "0.25.1", "sm90", layout, scheme, name, "docs/evidence/h200-canary-dense-28m.json")
 
 
@@ -119,12 +118,12 @@ SEEN = (
     _vllm("int4-hqq-tile", "torchao-tile", "W4A16_FLOAT_ZERO"),
     _vllm("w4a16-fp8-down", "ct-pack", "W4A16"),
     _vllm("w4a16-fp8-down", "ct-pack", "FP8_DYNAMIC", stored="ct-float"),
-    _repacked("w4a16-ct-pack", "gptq-v2", "W4A16"),
-    _repacked("fp8-dynamic-ct-float", "modelopt-fp8-channel", "FP8_DYNAMIC"),
-    replace(_repacked("fp8-block-hf-fp8", "modelopt-fp8-block", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
-    replace(_repacked("", "modelopt-fp8", "FP8"), checkpoint="fp8-static-kv-modelopt-fp8"),
-    replace(_repacked("", "torchao-nvfp4", "NVFP4A16"), checkpoint="nvfp4a16-torchao-nvfp4"),
-    replace(_repacked("", "bnb-int8", "LLM_INT8"), checkpoint="llm-int8-bnb-int8"),
+    _canary("w4a16-ct-pack-as-gptq-v2", "gptq-v2", "W4A16"),
+    _canary("fp8-dynamic-ct-float-as-modelopt-fp8-channel", "modelopt-fp8-channel", "FP8_DYNAMIC"),
+    replace(_canary("fp8-block-hf-fp8-as-modelopt-fp8-block", "modelopt-fp8-block", "FP8_BLOCK"), aside=_NO_DEEPGEMM),
+    _canary("fp8-static-kv-modelopt-fp8", "modelopt-fp8", "FP8"),
+    _canary("nvfp4a16-torchao-nvfp4", "torchao-nvfp4", "NVFP4A16"),
+    _canary("llm-int8-bnb-int8", "bnb-int8", "LLM_INT8"),
     *_moe("w4a16", "ct-pack", "W4A16", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("w4a16-asym", "ct-pack", "W4A16_ASYM", "Marlin MoE", "Using 'MARLIN' WNA16 MoE backend"),
     *_moe("int8-dynamic", "ct-int", "W8A8", "Triton INT8 MoE", "Using TRITON Int8 MoE backend"),

@@ -149,7 +149,7 @@ TARGETS = {
             "hf-fp8": Loads("0.5.23", "read: SGLang 0.5.23, fp8.py"),
             "modelopt-fp8": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", ("FP8",)),
             "modelopt-nvfp4": Loads("0.5.23", "read: SGLang 0.5.23, modelopt_quant.py", _BOTH_FP4),
-            "gptq": Loads("0.5.23", "read: SGLang 0.5.23, gptq/gptq.py: symmetric only", _SYMMETRIC, kept=_SGLANG_GPTQ),
+            "gptq": Loads("0.5.23", _GPTQ_SGLANG, _SYMMETRIC, kept=_SGLANG_GPTQ),
             "gptq-v2": Loads("0.5.23", _GPTQ_SGLANG + ", and read as version 1", _SYMMETRIC, kept=_SGLANG_GPTQ),
             "awq": Loads("0.5.23", "read: SGLang 0.5.23, awq/awq.py"),
             "bnb-int8": Loads(
